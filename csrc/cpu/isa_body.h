@@ -1,0 +1,26 @@
+// The one CPU source, compiled once per instruction set into the namespace MOYU_ISA.
+// No include guard on purpose: each isa_*.cpp includes it once, behind its target pragma.
+namespace moyu::cpu::MOYU_ISA {
+namespace {
+#include "simd.h"
+// simd.h comes first: the rest is written in its terms.
+#include "parallel.h"
+#include "threshold_compact.h"
+#include "row_kernels.h"
+#include "gather_gemv.h"
+#include "gather_gemv_t.h"
+#include "sparse_mlp.h"
+#include "threshold_mlp.h"
+}  // namespace
+}  // namespace moyu::cpu::MOYU_ISA
+
+namespace moyu::cpu {
+#define MOYU_CONCAT_(a, b) a##b
+#define MOYU_CONCAT(a, b) MOYU_CONCAT_(a, b)
+#define MOYU_STRING_(a) #a
+#define MOYU_STRING(a) MOYU_STRING_(a)
+extern const Kernels MOYU_CONCAT(MOYU_ISA, _kernels) = {
+    MOYU_STRING(MOYU_ISA), &runs_here,           &MOYU_ISA::threshold_compact,
+    &MOYU_ISA::gather_gemv, &MOYU_ISA::gather_gemv_t, &MOYU_ISA::sparse_mlp,
+    &MOYU_ISA::threshold_mlp};
+}  // namespace moyu::cpu

@@ -1,0 +1,83 @@
+// The kernel API of moyu_ext on one page: raw pointers, sizes, and on CUDA a stream.
+// No torch header, no Python. Callers check shapes and dtypes; kernels trust them.
+//
+// Terms (arXiv 2406.12569, eq. 11-14): hidden size d, intermediate size f, neuron i = row i of
+// gate and up and row i of down_t (W_down kept neuron-major). Every matrix is contiguous, row-major.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace moyu {
+
+enum class DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+enum class Activation : int32_t { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3, kRelu2 = 4 };
+// Where the threshold is applied: behind the gate projection, or behind gate and up.
+enum class Plan : int32_t { kGate = 0, kProduct = 1 };
+
+// Rows that one pass over the weights serves; more rows are served in blocks of this many.
+inline constexpr int64_t kMaxRows = 8;
+
+// One MLP and the rows that go through it. T is the element type named by dtype.
+struct Mlp {
+  const void* x = nullptr;          // T [rows, d]
+  const void* gate = nullptr;       // T [f, d], null for an ungated MLP
+  const void* up = nullptr;         // T [f, d]; W_in of an ungated MLP
+  const void* down_t = nullptr;     // T [f, d], neuron-major
+  const void* gate_bias = nullptr;  // T [f] or null
+  const void* up_bias = nullptr;    // T [f] or null
+  const void* down_bias = nullptr;  // T [d] or null
+  void* out = nullptr;              // T [rows, d], fully written
+  int64_t rows = 0, d = 0, f = 0;
+  DType dtype = DType::kFloat32;
+  Activation activation = Activation::kSilu;
+};
+
+// The union of the rows' active sets, and which row uses which neuron.
+struct ActiveSet {
+  const int32_t* indices = nullptr;  // [f], ascending in [0, f); null: every neuron in order
+  const int32_t* count = nullptr;    // [1], how many of indices are valid; null: f
+  const uint8_t* mask = nullptr;     // [rows, f], 0 switches a neuron off for a row; null: all on
+};
+
+namespace cpu {
+
+// indices[r, 0:count[r]] = ascending i with !(values[r, i] < epsilon[0]); a NaN counts as active,
+// so that it reaches the output. Entries past count[r] are 0.
+void threshold_compact(const float* values, int64_t rows, int64_t f, const float* epsilon,
+                       int32_t* indices /* [rows, f] */, int32_t* count /* [rows] */);
+
+// out[r, k] = weight[indices[k]] . x[r] + bias[indices[k]] for k < count, 0 up to capacity.
+void gather_gemv(const void* x /* T [rows, d] */, const void* weight /* T [f, d] */,
+                 const void* bias /* T [f] or null */, const int32_t* indices /* [capacity] */,
+                 const int32_t* count /* [1] */, float* out /* [rows, capacity] */, int64_t rows,
+                 int64_t d, int64_t capacity, DType dtype, float* workspace);
+
+// out[r] = sum over k < count of values[r, k] * weight_t[indices[k]] + bias.
+void gather_gemv_t(const float* values /* [rows, capacity] */,
+                   const void* weight_t /* T [f, d] */, const void* bias /* T [d] or null */,
+                   const int32_t* indices /* [capacity] */, const int32_t* count /* [1] */,
+                   void* out /* T [rows, d] */, int64_t rows, int64_t d, int64_t capacity,
+                   DType dtype, float* workspace);
+
+// The MLP over a set known in advance: a_i = act(gate_i . x) * (up_i . x), out = sum a_i down_i.
+void sparse_mlp(const Mlp& mlp, const ActiveSet& set, float* workspace);
+
+// The MLP whose set follows from a threshold on the way, per row: neuron i is active where
+//   Plan::kGate     abs(act(gate_i . x))               * scale[i] >= epsilon[0]
+//   Plan::kProduct  abs(act(gate_i . x) * (up_i . x))  * scale[i] >= epsilon[0]
+// (up_i in the place of gate_i where the MLP is ungated). counts[r] = active neurons of row r.
+void threshold_mlp(const Mlp& mlp, Plan plan, const float* scale /* [f] or null: 1 */,
+                   const float* epsilon /* [1] */, int32_t* counts /* [rows] */,
+                   float* workspace);
+
+// Floats of scratch that each call above needs at the current thread count.
+size_t workspace_floats(int64_t rows, int64_t d);
+
+// Instruction sets: "scalar", "avx2", "avx512", "avx512_bf16", "neon".
+const char* isa_name();                     // the one in use
+int isa_list(const char** names, int max);  // those that this build has and this CPU runs
+void set_isa(const char* name);             // throws std::invalid_argument where it can't
+
+}  // namespace cpu
+}  // namespace moyu

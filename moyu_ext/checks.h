@@ -1,0 +1,150 @@
+// What every operator checks on the host before a kernel trusts it. Messages say which operator,
+// which argument, what was expected and what came.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "../csrc/moyu.h"
+
+namespace moyu::op {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+template <class... Parts>
+[[noreturn]] void fail(const char* op, const Parts&... parts) {
+  std::ostringstream message;
+  message << op << ": ";
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+inline std::string describe(const Tensor& t) {
+  std::ostringstream out;
+  out << "[";
+  for (int64_t i = 0; i < t.dim(); ++i) out << (i ? ", " : "") << t.size(i);
+  out << "] " << torch::headeronly::toString(t.scalar_type()) << " on "
+      << (t.is_cpu() ? "cpu" : t.is_cuda() ? "cuda" : "another device");
+  if (t.is_cuda()) out << ":" << t.get_device_index();
+  if (!t.is_contiguous()) out << ", not contiguous";
+  return out.str();
+}
+
+// Throws unless t has the shape (a negative extent matches any), the dtype, is contiguous and
+// lies on like's device.
+inline void expect(const char* op, const char* name, const Tensor& t, const Tensor& like,
+                   ScalarType dtype, std::initializer_list<int64_t> shape) {
+  bool good = t.scalar_type() == dtype && t.is_contiguous() && t.is_cpu() == like.is_cpu() &&
+              t.is_cuda() == like.is_cuda() && t.get_device_index() == like.get_device_index() &&
+              t.dim() == static_cast<int64_t>(shape.size());
+  int64_t axis = 0;
+  for (int64_t extent : shape) {
+    good = good && (extent < 0 || t.size(axis) == extent);
+    ++axis;
+  }
+  if (good) return;
+  std::ostringstream want;
+  want << "[";
+  axis = 0;
+  for (int64_t extent : shape) {
+    want << (axis++ ? ", " : "");
+    if (extent < 0) {
+      want << "any";
+    } else {
+      want << extent;
+    }
+  }
+  want << "] " << torch::headeronly::toString(dtype) << " on "
+       << (like.is_cpu() ? "cpu" : "cuda");
+  if (like.is_cuda()) want << ":" << like.get_device_index();
+  fail(op, name, " must be a contiguous ", want.str(), ", got ", describe(t));
+}
+
+inline void expect(const char* op, const char* name, const OptionalTensor& t, const Tensor& like,
+                   ScalarType dtype, std::initializer_list<int64_t> shape) {
+  if (t) expect(op, name, *t, like, dtype, shape);
+}
+
+inline const void* data(const Tensor& t) { return t.const_data_ptr(); }
+inline const void* data(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
+template <class T>
+const T* data_as(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+template <class T>
+const T* data_as(const OptionalTensor& t) {
+  return static_cast<const T*>(data(t));
+}
+
+inline DType dtype_of(const char* op, const char* name, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::kFloat32;
+    case ScalarType::Half: return DType::kFloat16;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    default: fail(op, name, " must be float32, float16 or bfloat16, got ", describe(t));
+  }
+}
+
+inline Activation activation_of(const char* op, const std::string& name) {
+  if (name == "silu") return Activation::kSilu;
+  if (name == "gelu") return Activation::kGelu;
+  if (name == "gelu_tanh") return Activation::kGeluTanh;
+  if (name == "relu") return Activation::kRelu;
+  if (name == "relu2") return Activation::kRelu2;
+  fail(op, "activation must be silu, gelu, gelu_tanh, relu or relu2, got '", name, "'");
+}
+
+inline Plan plan_of(const char* op, const std::string& name) {
+  if (name == "gate") return Plan::kGate;
+  if (name == "product") return Plan::kProduct;
+  fail(op, "plan must be gate or product, got '", name, "'");
+}
+
+// The rows of x, whose last axis must have d elements.
+inline int64_t rows_of(const char* op, const Tensor& x, int64_t d) {
+  if (x.dim() < 1 || x.size(x.dim() - 1) != d || !x.is_contiguous())
+    fail(op, "x must be contiguous [..., ", d, "], got ", describe(x));
+  return d ? x.numel() / d : 0;
+}
+
+// Checks everything that the MLP operators share; the output is still to be set.
+inline Mlp mlp_of(const char* op, const Tensor& x, const OptionalTensor& gate, const Tensor& up,
+                  const Tensor& down_t, const OptionalTensor& gate_bias,
+                  const OptionalTensor& up_bias, const OptionalTensor& down_bias,
+                  const std::string& activation) {
+  Mlp mlp;
+  mlp.dtype = dtype_of(op, "up", up);
+  if (up.dim() != 2) fail(op, "up must be [f, d], got ", describe(up));
+  mlp.f = up.size(0);
+  mlp.d = up.size(1);
+  const ScalarType dtype = up.scalar_type();
+  expect(op, "up", up, x, dtype, {mlp.f, mlp.d});
+  expect(op, "gate", gate, x, dtype, {mlp.f, mlp.d});
+  expect(op, "down_t", down_t, x, dtype, {mlp.f, mlp.d});
+  expect(op, "gate_bias", gate_bias, x, dtype, {mlp.f});
+  expect(op, "up_bias", up_bias, x, dtype, {mlp.f});
+  expect(op, "down_bias", down_bias, x, dtype, {mlp.d});
+  if (gate_bias && !gate) fail(op, "gate_bias is given without a gate");
+  mlp.rows = rows_of(op, x, mlp.d);
+  if (x.scalar_type() != dtype)
+    fail(op, "x must have the weights' dtype ", torch::headeronly::toString(dtype), ", got ",
+         describe(x));
+  mlp.x = data(x);
+  mlp.gate = data(gate);
+  mlp.up = data(up);
+  mlp.down_t = data(down_t);
+  mlp.gate_bias = data(gate_bias);
+  mlp.up_bias = data(up_bias);
+  mlp.down_bias = data(down_bias);
+  mlp.activation = activation_of(op, activation);
+  return mlp;
+}
+
+}  // namespace moyu::op

@@ -1,0 +1,163 @@
+// The operators on CPU tensors: checks, outputs, scratch, then the kernel of the same name.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <cstdlib>
+#include <memory>
+#include <tuple>
+#include <vector>
+
+#include "checks.h"
+
+namespace moyu::op {
+namespace {
+
+// Scratch of the calling thread, kept between calls: a decode step makes no allocation.
+float* workspace(int64_t rows, int64_t d) {
+  thread_local std::unique_ptr<float, decltype(&std::free)> memory(nullptr, &std::free);
+  thread_local size_t capacity = 0;
+  const size_t bytes = (cpu::workspace_floats(rows, d) * sizeof(float) + 4095) / 4096 * 4096;
+  if (bytes > capacity) {
+    memory.reset(static_cast<float*>(std::aligned_alloc(4096, bytes)));
+    if (!memory) throw std::bad_alloc();
+    capacity = bytes;
+  }
+  return memory.get();
+}
+
+Tensor empty(const Tensor& like, std::vector<int64_t> shape, ScalarType dtype) {
+  return torch::stable::new_empty(like, shape, dtype);
+}
+
+// On the host the set can be looked at, so that a wrong one raises instead of reading outside.
+void check_set(const char* op, const Tensor& indices, const Tensor& count, int64_t f) {
+  const int64_t capacity = indices.numel();
+  const int32_t n = *data_as<int32_t>(count);
+  if (n < 0 || n > capacity)
+    fail(op, "count must lie in [0, ", capacity, "], the capacity of indices, got ", n);
+  const int32_t* index = data_as<int32_t>(indices);
+  uint32_t largest = 0;  // a negative index is a large unsigned one
+  for (int32_t k = 0; k < n; ++k)
+    largest = std::max(largest, static_cast<uint32_t>(index[k]));
+  if (n > 0 && largest >= static_cast<uint64_t>(f))
+    fail(op, "indices must lie in [0, ", f, "), got ", static_cast<int32_t>(largest));
+}
+
+std::tuple<Tensor, Tensor> threshold_compact_cpu(const Tensor& values, const Tensor& epsilon) {
+  constexpr const char* op = "threshold_compact";
+  if (values.dim() != 1 && values.dim() != 2)
+    fail(op, "values must be [f] or [rows, f], got ", describe(values));
+  const bool one = values.dim() == 1;
+  const int64_t f = values.size(values.dim() - 1), rows = one ? 1 : values.size(0);
+  if (one) {
+    expect(op, "values", values, values, ScalarType::Float, {f});
+  } else {
+    expect(op, "values", values, values, ScalarType::Float, {rows, f});
+  }
+  if (epsilon.numel() != 1 || epsilon.scalar_type() != ScalarType::Float || !epsilon.is_cpu())
+    fail(op, "epsilon must be one float32 on cpu, got ", describe(epsilon));
+  Tensor indices = empty(values, one ? std::vector<int64_t>{f} : std::vector<int64_t>{rows, f},
+                  ScalarType::Int);
+  Tensor count = empty(values, {rows}, ScalarType::Int);
+  cpu::threshold_compact(data_as<float>(values), rows, f, data_as<float>(epsilon),
+                         static_cast<int32_t*>(indices.mutable_data_ptr()),
+                         static_cast<int32_t*>(count.mutable_data_ptr()));
+  return {indices, count};
+}
+
+Tensor gather_gemv_cpu(const Tensor& x, const Tensor& weight, const Tensor& indices,
+                       const Tensor& count, const OptionalTensor& bias) {
+  constexpr const char* op = "gather_gemv";
+  const DType dtype = dtype_of(op, "weight", weight);
+  expect(op, "weight", weight, x, x.scalar_type(), {-1, -1});
+  const int64_t f = weight.size(0), d = weight.size(1), rows = rows_of(op, x, d);
+  expect(op, "indices", indices, x, ScalarType::Int, {-1});
+  expect(op, "count", count, x, ScalarType::Int, {1});
+  expect(op, "bias", bias, x, x.scalar_type(), {f});
+  check_set(op, indices, count, f);
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = indices.numel();
+  Tensor out = empty(x, shape, ScalarType::Float);
+  cpu::gather_gemv(data(x), data(weight), data(bias), data_as<int32_t>(indices),
+                   data_as<int32_t>(count), static_cast<float*>(out.mutable_data_ptr()), rows, d,
+                   indices.numel(), dtype, workspace(rows, d));
+  return out;
+}
+
+Tensor gather_gemv_t_cpu(const Tensor& values, const Tensor& weight_t, const Tensor& indices,
+                         const Tensor& count, const OptionalTensor& bias) {
+  constexpr const char* op = "gather_gemv_t";
+  const DType dtype = dtype_of(op, "weight_t", weight_t);
+  expect(op, "weight_t", weight_t, values, weight_t.scalar_type(), {-1, -1});
+  const int64_t f = weight_t.size(0), d = weight_t.size(1);
+  expect(op, "indices", indices, values, ScalarType::Int, {-1});
+  expect(op, "count", count, values, ScalarType::Int, {1});
+  expect(op, "bias", bias, values, weight_t.scalar_type(), {d});
+  const int64_t capacity = indices.numel();
+  if (values.scalar_type() != ScalarType::Float || !values.is_contiguous() || values.dim() < 1 ||
+      values.size(values.dim() - 1) != capacity)
+    fail(op, "values must be contiguous float32 [..., ", capacity, "], got ", describe(values));
+  check_set(op, indices, count, f);
+  int64_t rows = 1;
+  std::vector<int64_t> shape(values.sizes().begin(), values.sizes().end());
+  shape.back() = d;
+  for (size_t i = 0; i + 1 < shape.size(); ++i) rows *= shape[i];
+  Tensor out = empty(values, shape, weight_t.scalar_type());
+  cpu::gather_gemv_t(data_as<float>(values), data(weight_t), data(bias),
+                     data_as<int32_t>(indices), data_as<int32_t>(count), out.mutable_data_ptr(),
+                     rows, d, capacity, dtype, workspace(rows, d));
+  return out;
+}
+
+Tensor sparse_mlp_cpu(const Tensor& x, const OptionalTensor& gate, const Tensor& up,
+                      const Tensor& down_t, const OptionalTensor& gate_bias,
+                      const OptionalTensor& up_bias, const OptionalTensor& down_bias,
+                      const OptionalTensor& indices, const OptionalTensor& count,
+                      const OptionalTensor& mask, const std::string& activation) {
+  constexpr const char* op = "sparse_mlp";
+  Mlp mlp = mlp_of(op, x, gate, up, down_t, gate_bias, up_bias, down_bias, activation);
+  if (indices.has_value() != count.has_value())
+    fail(op, "indices and count are given together or not at all");
+  if (indices) {
+    expect(op, "indices", *indices, x, ScalarType::Int, {-1});
+    expect(op, "count", *count, x, ScalarType::Int, {1});
+    check_set(op, *indices, *count, mlp.f);
+  }
+  expect(op, "mask", mask, x, ScalarType::Byte, {mlp.rows, mlp.f});
+  Tensor out = torch::stable::empty_like(x);
+  mlp.out = out.mutable_data_ptr();
+  cpu::sparse_mlp(mlp, {data_as<int32_t>(indices), data_as<int32_t>(count), data_as<uint8_t>(mask)},
+                  workspace(mlp.rows, mlp.d));
+  return out;
+}
+
+std::tuple<Tensor, Tensor> threshold_mlp_cpu(
+    const Tensor& x, const OptionalTensor& gate, const Tensor& up, const Tensor& down_t,
+    const OptionalTensor& gate_bias, const OptionalTensor& up_bias,
+    const OptionalTensor& down_bias, const OptionalTensor& scale, const Tensor& epsilon,
+    const std::string& activation, const std::string& plan) {
+  constexpr const char* op = "threshold_mlp";
+  Mlp mlp = mlp_of(op, x, gate, up, down_t, gate_bias, up_bias, down_bias, activation);
+  expect(op, "scale", scale, x, ScalarType::Float, {mlp.f});
+  if (epsilon.numel() != 1 || epsilon.scalar_type() != ScalarType::Float || !epsilon.is_cpu())
+    fail(op, "epsilon must be one float32 on cpu, got ", describe(epsilon));
+  Tensor out = torch::stable::empty_like(x);
+  Tensor counts = empty(x, {mlp.rows}, ScalarType::Int);
+  mlp.out = out.mutable_data_ptr();
+  cpu::threshold_mlp(mlp, plan_of(op, plan), data_as<float>(scale), data_as<float>(epsilon),
+                     static_cast<int32_t*>(counts.mutable_data_ptr()),
+                     workspace(mlp.rows, mlp.d));
+  return {out, counts};
+}
+
+}  // namespace
+}  // namespace moyu::op
+
+STABLE_TORCH_LIBRARY_IMPL(moyu_ext, CPU, m) {
+  using namespace moyu::op;
+  m.impl("threshold_compact", TORCH_BOX(&threshold_compact_cpu));
+  m.impl("gather_gemv", TORCH_BOX(&gather_gemv_cpu));
+  m.impl("gather_gemv_t", TORCH_BOX(&gather_gemv_t_cpu));
+  m.impl("sparse_mlp", TORCH_BOX(&sparse_mlp_cpu));
+  m.impl("threshold_mlp", TORCH_BOX(&threshold_mlp_cpu));
+}

@@ -1,0 +1,80 @@
+"""The operators, by the names and arguments of :mod:`moyu_ext.reference`, compiled.
+
+Each wraps ``torch.ops.moyu_ext.<name>``; the fakes below let ``torch.compile`` trace through.
+Tensors are contiguous and on one device; weights and ``x`` share float32, float16 or bfloat16, and
+sums are kept in float32. A wrong shape, dtype, device or index raises RuntimeError.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _load  # noqa: F401  registers torch.ops.moyu_ext
+
+MAX_ROWS = 8
+"""Rows that one pass over the weights serves (csrc/moyu.h: kMaxRows)."""
+
+_ops = torch.ops.moyu_ext
+threshold_compact = _ops.threshold_compact.default
+gather_gemv = _ops.gather_gemv.default
+gather_gemv_t = _ops.gather_gemv_t.default
+sparse_mlp = _ops.sparse_mlp.default
+threshold_mlp = _ops.threshold_mlp.default
+
+
+@torch.library.register_fake("moyu_ext::threshold_compact")
+def _(values: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
+    rows = 1 if values.dim() == 1 else values.shape[0]
+    return (
+        torch.empty_like(values, dtype=torch.int32),
+        values.new_empty(rows, dtype=torch.int32),
+    )
+
+
+@torch.library.register_fake("moyu_ext::gather_gemv")
+def _(
+    x: Tensor, weight: Tensor, indices: Tensor, count: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], indices.shape[0]), dtype=torch.float32)
+
+
+@torch.library.register_fake("moyu_ext::gather_gemv_t")
+def _(
+    values: Tensor, weight_t: Tensor, indices: Tensor, count: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    return weight_t.new_empty((*values.shape[:-1], weight_t.shape[1]))
+
+
+@torch.library.register_fake("moyu_ext::sparse_mlp")
+def _(
+    x: Tensor,
+    gate: Tensor | None,
+    up: Tensor,
+    down_t: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    indices: Tensor | None,
+    count: Tensor | None,
+    mask: Tensor | None,
+    activation: str,
+) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.register_fake("moyu_ext::threshold_mlp")
+def _(
+    x: Tensor,
+    gate: Tensor | None,
+    up: Tensor,
+    down_t: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    scale: Tensor | None,
+    epsilon: Tensor,
+    activation: str,
+    plan: str,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(x.numel() // x.shape[-1], dtype=torch.int32)
