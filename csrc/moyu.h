@@ -40,6 +40,27 @@ struct ActiveSet {
   const uint8_t* mask = nullptr;     // [rows, f], 0 switches a neuron off for a row; null: all on
 };
 
+// Low-bit copies of gate and up that estimate every neuron's norm (qRIDA). x is quantised to int8
+// in blocks of kShadowBlock; a weight is scale * (code - (2^bits - 1) / 2) with one bfloat16 scale
+// per neuron, matrix and block. A record holds one neuron: gate blocks, up blocks, gate scales, up
+// scales, zeros up to a multiple of 64 bytes. A block of b bits takes 32 b bytes:
+//   b = 2, 3: byte p, bits 2t and 2t+1 (p < 64, t < 4): low two bits of the code of element 64t + p
+//   b = 1, 3: behind them, byte p (p < 32): bit t is the top bit of element 64t + p, and bit t + 4
+//             that of element 64t + 32 + p (t < 4)
+//   b = 4:    line h < 2, byte p, nibble t < 2: code of element 128h + 64t + p
+inline constexpr int64_t kShadowBlock = 256;
+struct Shadow {
+  const uint8_t* records = nullptr;  // [f, record_bytes]
+  const float* norms = nullptr;      // [f] column norms of W_down
+  int32_t bits_gate = 0;             // 1..4, 0 for an ungated MLP
+  int32_t bits_up = 0;               // 1..4
+};
+constexpr int64_t shadow_blocks(int64_t d) { return (d + kShadowBlock - 1) / kShadowBlock; }
+constexpr int64_t shadow_record_bytes(int64_t d, int32_t bits_gate, int32_t bits_up) {
+  const int64_t codes = 32 * (bits_gate + bits_up), scales = bits_gate ? 4 : 2;
+  return (shadow_blocks(d) * (codes + scales) + 63) / 64 * 64;
+}
+
 namespace cpu {
 
 // indices[r, 0:count[r]] = ascending i with !(values[r, i] < epsilon[0]); a NaN counts as active,
@@ -71,7 +92,20 @@ void threshold_mlp(const Mlp& mlp, Plan plan, const float* scale /* [f] or null:
                    const float* epsilon /* [1] */, int32_t* counts /* [rows] */,
                    float* workspace);
 
-// Floats of scratch that each call above needs at the current thread count.
+// scores[r, i] = abs(act(g) * u) * norms[i] with g and u estimated from the shadow, or
+// abs(act(u)) * norms[i] without a gate. Of mlp it reads x, gate_bias, up_bias and the sizes.
+void shadow_scores(const Mlp& mlp, const Shadow& shadow, float* scores /* [rows, f] */,
+                   float* workspace);
+
+// The MLP over the neurons that the shadow names, per row: those whose score is not below
+// epsilon[0], or without epsilon the k largest (of equals the lower index).
+void shadow_mlp(const Mlp& mlp, const Shadow& shadow, const float* epsilon /* [1] or null */,
+                int64_t k, int32_t* counts /* [rows] */, float* workspace);
+
+// Floats of scratch that the two calls above need at the current thread count.
+size_t shadow_workspace_floats(int64_t rows, int64_t d, int64_t f);
+
+// Floats of scratch that each other call needs at the current thread count.
 size_t workspace_floats(int64_t rows, int64_t d);
 
 // Instruction sets: "scalar", "avx2", "avx512", "avx512_bf16", "neon".

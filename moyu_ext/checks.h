@@ -147,4 +147,24 @@ inline Mlp mlp_of(const char* op, const Tensor& x, const OptionalTensor& gate, c
   return mlp;
 }
 
+// Checks the shadow of an MLP of f neurons with hidden size d.
+inline Shadow shadow_of(const char* op, const Tensor& x, const Tensor& shadow,
+                        const Tensor& norms, int64_t f, int64_t d, bool gated, int64_t bits_gate,
+                        int64_t bits_up) {
+  if (bits_up < 1 || bits_up > 4) fail(op, "bits_up must be 1, 2, 3 or 4, got ", bits_up);
+  if (gated ? bits_gate < 1 || bits_gate > 4 : bits_gate != 0)
+    fail(op, gated ? "bits_gate must be 1, 2, 3 or 4, got "
+                   : "bits_gate must be 0 for an ungated MLP, got ",
+         bits_gate);
+  Shadow out;
+  out.bits_gate = static_cast<int32_t>(bits_gate);
+  out.bits_up = static_cast<int32_t>(bits_up);
+  expect(op, "shadow", shadow, x, ScalarType::Byte,
+         {f, shadow_record_bytes(d, out.bits_gate, out.bits_up)});
+  expect(op, "norms", norms, x, ScalarType::Float, {f});
+  out.records = data_as<uint8_t>(shadow);
+  out.norms = data_as<float>(norms);
+  return out;
+}
+
 }  // namespace moyu::op

@@ -13,10 +13,10 @@ namespace moyu::op {
 namespace {
 
 // Scratch of the calling thread, kept between calls: a decode step makes no allocation.
-float* workspace(int64_t rows, int64_t d) {
+float* scratch(size_t floats) {
   thread_local std::unique_ptr<float, decltype(&std::free)> memory(nullptr, &std::free);
   thread_local size_t capacity = 0;
-  const size_t bytes = (cpu::workspace_floats(rows, d) * sizeof(float) + 4095) / 4096 * 4096;
+  const size_t bytes = (floats * sizeof(float) + 4095) / 4096 * 4096;
   if (bytes > capacity) {
     memory.reset(static_cast<float*>(std::aligned_alloc(4096, bytes)));
     if (!memory) throw std::bad_alloc();
@@ -24,6 +24,8 @@ float* workspace(int64_t rows, int64_t d) {
   }
   return memory.get();
 }
+
+float* workspace(int64_t rows, int64_t d) { return scratch(cpu::workspace_floats(rows, d)); }
 
 Tensor empty(const Tensor& like, std::vector<int64_t> shape, ScalarType dtype) {
   return torch::stable::new_empty(like, shape, dtype);
@@ -150,6 +152,53 @@ std::tuple<Tensor, Tensor> threshold_mlp_cpu(
   return {out, counts};
 }
 
+Tensor shadow_scores_cpu(const Tensor& x, const Tensor& shadow, const Tensor& norms,
+                         const OptionalTensor& gate_bias, const OptionalTensor& up_bias,
+                         bool gated, int64_t bits_gate, int64_t bits_up,
+                         const std::string& activation) {
+  constexpr const char* op = "shadow_scores";
+  Mlp mlp;
+  mlp.dtype = dtype_of(op, "x", x);
+  mlp.f = norms.numel();
+  mlp.d = x.dim() ? x.size(x.dim() - 1) : 0;
+  mlp.rows = rows_of(op, x, mlp.d);
+  const Shadow checked = shadow_of(op, x, shadow, norms, mlp.f, mlp.d, gated, bits_gate, bits_up);
+  expect(op, "gate_bias", gate_bias, x, x.scalar_type(), {mlp.f});
+  expect(op, "up_bias", up_bias, x, x.scalar_type(), {mlp.f});
+  mlp.x = data(x);
+  mlp.gate_bias = data(gate_bias);
+  mlp.up_bias = data(up_bias);
+  mlp.activation = activation_of(op, activation);
+  Tensor scores = empty(x, {mlp.rows, mlp.f}, ScalarType::Float);
+  cpu::shadow_scores(mlp, checked, static_cast<float*>(scores.mutable_data_ptr()),
+                     scratch(cpu::shadow_workspace_floats(mlp.rows, mlp.d, mlp.f)));
+  return scores;
+}
+
+std::tuple<Tensor, Tensor> shadow_mlp_cpu(
+    const Tensor& x, const OptionalTensor& gate, const Tensor& up, const Tensor& down_t,
+    const OptionalTensor& gate_bias, const OptionalTensor& up_bias,
+    const OptionalTensor& down_bias, const Tensor& shadow, const Tensor& norms,
+    const OptionalTensor& epsilon, int64_t k, int64_t bits_gate, int64_t bits_up,
+    const std::string& activation) {
+  constexpr const char* op = "shadow_mlp";
+  Mlp mlp = mlp_of(op, x, gate, up, down_t, gate_bias, up_bias, down_bias, activation);
+  const Shadow checked =
+      shadow_of(op, x, shadow, norms, mlp.f, mlp.d, gate.has_value(), bits_gate, bits_up);
+  if (epsilon && (epsilon->numel() != 1 || epsilon->scalar_type() != ScalarType::Float ||
+                  !epsilon->is_cpu()))
+    fail(op, "epsilon must be one float32 on cpu, got ", describe(*epsilon));
+  if (!epsilon && (k < 0 || k > mlp.f))
+    fail(op, "k must lie in [0, ", mlp.f, "] where no epsilon is given, got ", k);
+  Tensor out = torch::stable::empty_like(x);
+  Tensor counts = empty(x, {mlp.rows}, ScalarType::Int);
+  mlp.out = out.mutable_data_ptr();
+  cpu::shadow_mlp(mlp, checked, data_as<float>(epsilon), k,
+                  static_cast<int32_t*>(counts.mutable_data_ptr()),
+                  scratch(cpu::shadow_workspace_floats(mlp.rows, mlp.d, mlp.f)));
+  return {out, counts};
+}
+
 }  // namespace
 }  // namespace moyu::op
 
@@ -160,4 +209,6 @@ STABLE_TORCH_LIBRARY_IMPL(moyu_ext, CPU, m) {
   m.impl("gather_gemv_t", TORCH_BOX(&gather_gemv_t_cpu));
   m.impl("sparse_mlp", TORCH_BOX(&sparse_mlp_cpu));
   m.impl("threshold_mlp", TORCH_BOX(&threshold_mlp_cpu));
+  m.impl("shadow_scores", TORCH_BOX(&shadow_scores_cpu));
+  m.impl("shadow_mlp", TORCH_BOX(&shadow_mlp_cpu));
 }

@@ -17,4 +17,11 @@ STABLE_TORCH_LIBRARY(moyu_ext, m) {
       "threshold_mlp(Tensor x, Tensor? gate, Tensor up, Tensor down_t, Tensor? gate_bias, "
       "Tensor? up_bias, Tensor? down_bias, Tensor? scale, Tensor epsilon, str activation, "
       "str plan) -> (Tensor out, Tensor counts)");
+  m.def(
+      "shadow_scores(Tensor x, Tensor shadow, Tensor norms, Tensor? gate_bias, Tensor? up_bias, "
+      "bool gated, int bits_gate, int bits_up, str activation) -> Tensor");
+  m.def(
+      "shadow_mlp(Tensor x, Tensor? gate, Tensor up, Tensor down_t, Tensor? gate_bias, "
+      "Tensor? up_bias, Tensor? down_bias, Tensor shadow, Tensor norms, Tensor? epsilon, int k, "
+      "int bits_gate, int bits_up, str activation) -> (Tensor out, Tensor counts)");
 }

@@ -80,6 +80,24 @@ void threshold_mlp(const Mlp& mlp, Plan plan, const float* scale, const float* e
   current()->mlp_threshold(mlp, plan, scale, epsilon, counts, workspace);
 }
 
+void shadow_scores(const Mlp& mlp, const Shadow& shadow, float* scores, float* workspace) {
+  current()->scores(mlp, shadow, scores, workspace);
+}
+
+void shadow_mlp(const Mlp& mlp, const Shadow& shadow, const float* epsilon, int64_t k,
+                int32_t* counts, float* workspace) {
+  current()->mlp_shadow(mlp, shadow, epsilon, k, counts, workspace);
+}
+
+// Behind the MLP's own scratch: the quantised input (a byte an element, two floats a block), the
+// scores and mask of a block of rows, and the indices.
+size_t shadow_workspace_floats(int64_t rows, int64_t d, int64_t f) {
+  const int64_t block = rows < kMaxRows ? rows : kMaxRows, blocks = shadow_blocks(d);
+  return workspace_floats(rows, d) + 16 +
+         static_cast<size_t>(block * blocks * (kShadowBlock / 4 + 2) + 2 * block * (f + 16) + f +
+                             32);
+}
+
 size_t workspace_floats(int64_t rows, int64_t d) {
 #ifdef _OPENMP
   const int64_t threads = omp_get_max_threads();

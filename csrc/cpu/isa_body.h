@@ -11,6 +11,8 @@ namespace {
 #include "gather_gemv_t.h"
 #include "sparse_mlp.h"
 #include "threshold_mlp.h"
+#include "shadow_simd.h"
+#include "shadow_mlp.h"
 }  // namespace
 }  // namespace moyu::cpu::MOYU_ISA
 
@@ -20,7 +22,9 @@ namespace moyu::cpu {
 #define MOYU_STRING_(a) #a
 #define MOYU_STRING(a) MOYU_STRING_(a)
 extern const Kernels MOYU_CONCAT(MOYU_ISA, _kernels) = {
-    MOYU_STRING(MOYU_ISA), &runs_here,           &MOYU_ISA::threshold_compact,
-    &MOYU_ISA::gather_gemv, &MOYU_ISA::gather_gemv_t, &MOYU_ISA::sparse_mlp,
-    &MOYU_ISA::threshold_mlp};
+    MOYU_STRING(MOYU_ISA),       &runs_here,
+    &MOYU_ISA::threshold_compact, &MOYU_ISA::gather_gemv,
+    &MOYU_ISA::gather_gemv_t,     &MOYU_ISA::sparse_mlp,
+    &MOYU_ISA::threshold_mlp,     &MOYU_ISA::shadow_scores,
+    &MOYU_ISA::shadow_mlp};
 }  // namespace moyu::cpu

@@ -13,6 +13,8 @@ struct Kernels {
   decltype(&gather_gemv_t) gemv_t;
   decltype(&sparse_mlp) mlp;
   decltype(&threshold_mlp) mlp_threshold;
+  decltype(&shadow_scores) scores;
+  decltype(&shadow_mlp) mlp_shadow;
 };
 
 // Each is defined in isa_<name>.cpp where the compiler targets that architecture.

@@ -41,39 +41,45 @@ MOYU_INLINE void neuron_activation(const Matrices<T>& m, int64_t i, int64_t soon
   }
 }
 
+// One thread's part of the MLP over a set; every thread of the team calls it with the same
+// arguments. accumulators: rows * d floats per thread.
+template <class T>
+inline void given_part(const Mlp& mlp, const Matrices<T>& m, int64_t first, const ActiveSet& set,
+                       int64_t count, float* accumulators) {
+  const int64_t d = m.d;
+  const int parts = team_size(), part = thread_id();
+  const Range mine = split(count, part, parts);
+  const auto neuron = [&](int64_t k) { return set.indices ? int64_t(set.indices[k]) : k; };
+  float* acc = accumulators + part * m.rows * d;
+  std::fill(acc, acc + m.rows * d, 0.0f);
+  for (int64_t k = mine.begin; k < mine.end; k += kGroup) {
+    const int64_t n = std::min<int64_t>(kGroup, mine.end - k);
+    float a[kGroup * kMaxRows];
+    for (int64_t j = 0; j < n; ++j) {
+      const int64_t i = neuron(k + j);
+      float* const aj = a + j * m.rows;
+      neuron_activation<true>(m, i, neuron(std::min(k + j + 2, mine.end - 1)), aj);
+      if (set.mask)
+        for (int64_t r = 0; r < m.rows; ++r)
+          if (!set.mask[(first + r) * mlp.f + i]) aj[r] = 0.0f;
+    }
+    const auto in_group = [&](int64_t j) { return neuron(k + j); };
+    accumulate<false>(m.down_t, in_group, n, a, m.rows, d, acc);
+  }
+#pragma omp barrier
+  reduce(accumulators, parts, m.rows, d, split(d, part, parts, 16),
+         static_cast<const T*>(mlp.down_bias), static_cast<T*>(mlp.out) + first * d);
+}
+
 template <class T>
 void sparse_mlp_of(const Mlp& mlp, const ActiveSet& set, float* workspace) {
-  const int64_t d = mlp.d, count = set.count ? *set.count : mlp.f;
-  const int64_t bytes = count * d * (mlp.gate ? 3 : 2) * int64_t(sizeof(T));
-  const auto neuron = [&](int64_t k) { return set.indices ? int64_t(set.indices[k]) : k; };
-  float* accumulators = accumulators_in(workspace, d);
+  const int64_t count = set.count ? *set.count : mlp.f;
+  const int64_t bytes = count * mlp.d * (mlp.gate ? 3 : 2) * int64_t(sizeof(T));
+  float* accumulators = accumulators_in(workspace, mlp.d);
   for (int64_t first = 0; first < mlp.rows; first += kMaxRows) {
     const Matrices<T> m(mlp, first, workspace);
-    const uint8_t* mask = set.mask ? set.mask + first * mlp.f : nullptr;
 #pragma omp parallel num_threads(threads_for(bytes))
-    {
-      const int parts = team_size(), part = thread_id();
-      const Range mine = split(count, part, parts);
-      float* acc = accumulators + part * m.rows * d;
-      std::fill(acc, acc + m.rows * d, 0.0f);
-      for (int64_t k = mine.begin; k < mine.end; k += kGroup) {
-        const int64_t n = std::min<int64_t>(kGroup, mine.end - k);
-        float a[kGroup * kMaxRows];
-        for (int64_t j = 0; j < n; ++j) {
-          const int64_t i = neuron(k + j);
-          float* const aj = a + j * m.rows;
-          neuron_activation<true>(m, i, neuron(std::min(k + j + 2, mine.end - 1)), aj);
-          if (mask)
-            for (int64_t r = 0; r < m.rows; ++r)
-              if (!mask[r * mlp.f + i]) aj[r] = 0.0f;
-        }
-        const auto in_group = [&](int64_t j) { return neuron(k + j); };
-        accumulate<false>(m.down_t, in_group, n, a, m.rows, d, acc);
-      }
-#pragma omp barrier
-      reduce(accumulators, parts, m.rows, d, split(d, part, parts, 16),
-             static_cast<const T*>(mlp.down_bias), static_cast<T*>(mlp.out) + first * d);
-    }
+    given_part(mlp, m, first, set, count, accumulators);
   }
 }
 

@@ -21,6 +21,8 @@ gather_gemv = _ops.gather_gemv.default
 gather_gemv_t = _ops.gather_gemv_t.default
 sparse_mlp = _ops.sparse_mlp.default
 threshold_mlp = _ops.threshold_mlp.default
+shadow_scores = _ops.shadow_scores.default
+shadow_mlp = _ops.shadow_mlp.default
 
 
 @torch.library.register_fake("moyu_ext::threshold_compact")
@@ -76,5 +78,40 @@ def _(
     epsilon: Tensor,
     activation: str,
     plan: str,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(x.numel() // x.shape[-1], dtype=torch.int32)
+
+
+@torch.library.register_fake("moyu_ext::shadow_scores")
+def _(
+    x: Tensor,
+    shadow: Tensor,
+    norms: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    gated: bool,
+    bits_gate: int,
+    bits_up: int,
+    activation: str,
+) -> Tensor:
+    return norms.new_empty((x.numel() // x.shape[-1], norms.shape[0]))
+
+
+@torch.library.register_fake("moyu_ext::shadow_mlp")
+def _(
+    x: Tensor,
+    gate: Tensor | None,
+    up: Tensor,
+    down_t: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    shadow: Tensor,
+    norms: Tensor,
+    epsilon: Tensor | None,
+    k: int,
+    bits_gate: int,
+    bits_up: int,
+    activation: str,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), x.new_empty(x.numel() // x.shape[-1], dtype=torch.int32)

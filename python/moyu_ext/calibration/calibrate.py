@@ -1,0 +1,259 @@
+"""`calibrate`: thresholds for a model's MLPs from one forward over calibration text.
+
+All windows of text go through the model as one batch. When it comes to an MLP, that layer's
+threshold is searched on the inputs it was given, and (with sequential=True) the layer answers with
+the neurons below the threshold left out, so that the layers above see what they will see in use.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigurationError, PatchStateError
+from ..patching.families import MlpSite, find_mlps
+from .cett import LayerTokens, largest_epsilon
+from .forward import answer_mlps
+from .text import Batch, encode_texts, longest_window, make_batch, read_texts, write_own
+from .thresholds import LayerThreshold, Thresholds, fingerprint
+
+# A prompt shorter than this says too little about a sequence (the same as STDA's min_prompt).
+_MIN_PROMPT = 8
+_QUANTILES = 64
+
+Report = Callable[[str, int, int], None]
+
+
+def calibrate(
+    model: nn.Module,
+    tokenizer: Any = None,
+    texts: Sequence[str] | str | os.PathLike[str] | None = None,
+    *,
+    cett: float = 0.2,
+    method: Any = None,
+    max_tokens: int = 4096,
+    sequential: bool = True,
+    progress: bool = True,
+    on: str = "token",
+    granularity: str = "layer",
+    seed: int = 0,
+) -> Thresholds:
+    """The largest thresholds whose mean CETT on calibration tokens is at most `cett`.
+
+    CETT(x; eps) is the norm of what the neurons below eps would have added to the MLP's output,
+    relative to that output (arXiv 2406.12569, eq. 14; see `moyu_ext.calibration.cett`), in
+    float32, averaged over the tokens of the texts (padding never enters).
+
+    `texts`: a list of strings, the path of a UTF-8 text file, or None: the model writes its own by
+    sampling (`seed`). At most `max_tokens` tokens are used, in windows of at most 512.
+    `method`: None, "tda" or `TDA` (thresholds on the neuron norm; a TDA with score="gate": on
+    |act(g_i)|), "stda" or `STDA`.
+    `on`: "token": eps compares with one token's scores. "continuation" (STDA): the set is chosen
+    from the first half of each text, which stays dense, and CETT is measured on the second.
+    `sequential`: layers in order, each seeing what the sparsified layers below it produce; else
+    all from the dense model. `granularity`: "layer", or "model" for one eps, where the mean runs
+    over tokens and layers.
+    `progress`: a bar on stderr, if that is a terminal.
+
+    A target of 0, or one that no layer can meet with any neuron left out, gives eps 0 and density
+    1. Memory: tokens * d for the batch, O(f * d) for the layer in work. The model is left as it
+    was, also when an exception or an interrupt ends the calibration.
+
+    Raises ConfigurationError for a value or text that cannot be used, PatchStateError for a
+    patched model or one in training mode, UnsupportedModelError where the MLPs are not known.
+    """
+    name, score = _method(method)
+    _check(cett, max_tokens, on, granularity, name)
+    sites = find_mlps(model)
+    if any(getattr(site.entry, "is_stand_in", False) for site in sites):
+        raise PatchStateError("the model is patched; call moyu_ext.unpatch(model) to calibrate it")
+    if model.training:
+        raise PatchStateError("the model is in training mode; call model.eval() to calibrate it")
+    with torch.no_grad(), _progress(progress) as report:
+        window = longest_window(model)
+        if texts is None:
+            report("the model writes its calibration text", 0, 1)
+            rows = write_own(model, tokenizer, max_tokens, window, seed)
+        else:
+            rows = encode_texts(tokenizer, read_texts(texts, max_tokens), max_tokens, window)
+        shortest = 2 * _MIN_PROMPT if on == "continuation" else 1
+        batch = make_batch(model, rows, max_tokens, shortest)
+        run = _Run(model, sites, batch, score, on, sequential, report)
+        epsilons = None
+        if granularity == "model":
+            epsilons = [run.one_epsilon(cett)] * len(sites)
+        layers = run.layers(cett, epsilons)
+    config = getattr(model, "config", None)
+    return Thresholds(
+        layers=tuple(layers),
+        cett=float(cett),
+        fingerprint=fingerprint(model),
+        score=score,
+        method=name,
+        on=on,
+        granularity=granularity,
+        sequential=sequential,
+        tokens=run.measured,
+        model=_model_id(getattr(config, "_name_or_path", "") or type(model).__name__),
+        dtype=str(sites[0].weights().up.dtype).removeprefix("torch."),
+    )
+
+
+def _method(method: Any) -> tuple[str, str]:
+    """The name of a method given as name, class or instance, and the score it compares."""
+    name = "tda" if method is None else method
+    name = name if isinstance(name, str) else getattr(method, "name", None)
+    name = name.lower() if isinstance(name, str) else name
+    if name not in ("tda", "stda"):
+        raise ConfigurationError(
+            f"method is {method!r}; thresholds are calibrated for TDA and STDA (None means TDA)"
+        )
+    return name, getattr(method, "score", "product") if name == "tda" else "product"
+
+
+def _check(cett: float, max_tokens: int, on: str, granularity: str, name: str) -> None:
+    if isinstance(cett, bool) or not isinstance(cett, (int, float)) or not 0 <= cett < 1:
+        raise ConfigurationError(
+            f"cett is {cett!r}; expected a number in [0, 1), such as 0.2: the error of the MLP's "
+            "output relative to it. At 1 every neuron may go, so nothing is left to calibrate"
+        )
+    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
+        raise ConfigurationError(f"max_tokens is {max_tokens!r}; expected an integer >= 1")
+    if on not in ("token", "continuation"):
+        raise ConfigurationError(f'on is {on!r}; expected "token" or "continuation"')
+    if on == "continuation" and name != "stda":
+        raise ConfigurationError(
+            f'on="continuation" follows the rule of STDA, but the method is {name}; '
+            'pass method="stda", or on="token"'
+        )
+    if granularity not in ("layer", "model"):
+        raise ConfigurationError(f'granularity is {granularity!r}; expected "layer" or "model"')
+
+
+def _model_id(name: str) -> str:
+    """A hub id as it is; of a local folder only its own name."""
+    return os.path.basename(os.path.normpath(name)) if os.path.isdir(name) else name
+
+
+class _Run:
+    """One calibration: forwards of one batch whose MLPs are answered by this class."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: list[MlpSite],
+        batch: Batch,
+        score: str,
+        on: str,
+        sequential: bool,
+        report: Report,
+    ) -> None:
+        self._model, self._sites, self._batch = model, sites, batch
+        self._score, self._sequential, self._report = score, sequential, report
+        self._lengths = batch.lengths if on == "continuation" else None
+        self.measured = 0
+
+    def _tokens(self, index: int, x: Tensor) -> LayerTokens:
+        tokens = LayerTokens(x, self._sites[index].weights(), self._score, self._lengths)
+        self.measured = tokens.measured
+        return tokens
+
+    def layers(self, target: float, epsilons: list[float] | None) -> list[LayerThreshold]:
+        """Every layer's threshold (searched unless given) and what it does, in one forward."""
+        found: list[LayerThreshold] = []
+
+        def visit(index: int, x: Tensor) -> Tensor:
+            self._report(f"layer {index + 1} of {len(self._sites)}", index, len(self._sites))
+            tokens = self._tokens(index, x)
+            try:
+                layer = _layer(tokens, target, None if epsilons is None else epsilons[index])
+            except ConfigurationError as error:
+                raise ConfigurationError(f"layer {index}: {error}") from error
+            found.append(layer)
+            return tokens.output(layer.epsilon if self._sequential else 0.0)
+
+        answer_mlps(self._model, self._sites, self._batch, visit)
+        self._report("done", len(self._sites), len(self._sites))
+        return found
+
+    def one_epsilon(self, target: float) -> float:
+        """One threshold for all layers: the mean of CETT over tokens and layers meets the target.
+
+        Sequential: one forward per threshold that is tried, else one per pass of the search.
+        """
+        quantiles: list[Tensor] = []
+
+        def look(index: int, x: Tensor) -> Tensor:
+            tokens = self._tokens(index, x)
+            quantiles.append(tokens.quantiles(_QUANTILES))
+            return tokens.output(0.0)
+
+        answer_mlps(self._model, self._sites, self._batch, look)
+        forwards = 0
+
+        def one_pass(epsilons: list[float]) -> list[float]:
+            nonlocal forwards
+            forwards += 1
+            self._report(f"one threshold, forward {forwards}", 0, len(self._sites))
+            total = torch.zeros(len(epsilons), dtype=torch.float64)
+
+            def visit(index: int, x: Tensor) -> Tensor:
+                tokens = self._tokens(index, x)
+                total.add_(_means(tokens, epsilons))
+                return tokens.output(epsilons[0] if self._sequential else 0.0)
+
+            answer_mlps(self._model, self._sites, self._batch, visit)
+            means: list[float] = (total / len(self._sites)).tolist()
+            return means
+
+        def mean_cett(epsilons: list[float]) -> list[float]:
+            if not self._sequential:
+                return one_pass(epsilons)
+            return [one_pass([epsilon])[0] for epsilon in epsilons]
+
+        return largest_epsilon(mean_cett, target, torch.cat(quantiles))
+
+
+def _means(tokens: LayerTokens, epsilons: list[float]) -> Tensor:
+    return tokens.measure(epsilons)[0].double().mean(1).cpu()
+
+
+def _layer(tokens: LayerTokens, target: float, epsilon: float | None) -> LayerThreshold:
+    if epsilon is None:
+        means = lambda cuts: _means(tokens, cuts).tolist()  # noqa: E731
+        epsilon = largest_epsilon(means, target, tokens.quantiles(_QUANTILES))
+        if tokens.measure([epsilon])[1].item() == 1:
+            epsilon = 0.0
+    ratios, density = tokens.measure([epsilon])
+    ordered = ratios[0].double().cpu()
+    p50, p95 = ordered.quantile(torch.tensor([0.5, 0.95], dtype=torch.float64)).tolist()
+    return LayerThreshold(
+        epsilon=epsilon,
+        density=density.item(),
+        cett=ordered.mean().item(),
+        p50=p50,
+        p95=p95,
+        max=ordered.max().item(),
+    )
+
+
+@contextmanager
+def _progress(wanted: bool) -> Iterator[Report]:
+    if not (wanted and sys.stderr.isatty()):
+        yield lambda text, done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("calibrate: {task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda text, done, total: bar.update(
+            task, description=text, completed=done, total=total
+        )

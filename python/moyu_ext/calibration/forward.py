@@ -1,0 +1,82 @@
+"""One forward over all windows of text in which something else answers for the MLPs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UnsupportedModelError
+from ..patching.families import MlpSite
+from .text import Batch
+
+# (layer, its inputs at the real tokens [tokens, d]) -> what the MLP puts out there [tokens, d]
+Visit = Callable[[int, Tensor], Tensor]
+
+
+class _Finished(Exception):
+    """Leaves the model's forward behind the last MLP: the logits are not needed."""
+
+
+def answer_mlps(model: nn.Module, sites: list[MlpSite], batch: Batch, visit: Visit) -> None:
+    """Run the batch through the model; each MLP in turn answers with `visit`, padding with zeros.
+
+    The forward ends behind the last MLP. The MLPs' forwards are replaced rather than hooked, so
+    that nothing is computed for all tokens at once on [tokens, f]; they are put back on any exit.
+
+    Raises UnsupportedModelError where the model does not run each MLP once, in order, on all
+    tokens.
+    """
+    with _answered(sites, batch.real, visit):
+        try:
+            model(input_ids=batch.ids, attention_mask=batch.real.long(), use_cache=False)
+        except _Finished:
+            return
+    raise UnsupportedModelError(
+        f"a forward of {type(model).__name__} did not reach all of its {len(sites)} MLPs; it "
+        "cannot be calibrated"
+    )
+
+
+@contextmanager
+def _answered(sites: list[MlpSite], real: Tensor, visit: Visit) -> Iterator[None]:
+    rows = real.flatten()
+    visited = 0
+
+    def answer(index: int, x: Tensor) -> Tensor:
+        nonlocal visited
+        if index != visited or x.numel() != rows.numel() * x.shape[-1]:
+            raise UnsupportedModelError(
+                f"{sites[index].name} ran out of order, or on {list(x.shape)} rather than on all "
+                f"tokens [{', '.join(map(str, real.shape))}, d]; it cannot be calibrated"
+            )
+        visited += 1
+        flat = x.reshape(-1, x.shape[-1])
+        here = rows.to(x.device)
+        out = torch.zeros_like(flat)
+        out[here] = visit(index, flat[here])
+        if visited == len(sites):
+            raise _Finished
+        return out.view(x.shape)
+
+    def replace(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:
+        replaced.append((module, module.__dict__.get("forward")))
+        module.__dict__["forward"] = forward
+
+    replaced: list[tuple[nn.Module, Any]] = []
+    try:
+        for site in sites:
+            replace(site.entry, partial(answer, site.index))
+            if site.family.inline:  # fc1 has answered for all three
+                replace(site.linear(site.family.activation), lambda x: x)
+                replace(site.linear(site.family.down), lambda x: x)
+        yield
+    finally:
+        for module, forward in reversed(replaced):
+            del module.__dict__["forward"]
+            if forward is not None:
+                module.__dict__["forward"] = forward
