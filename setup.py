@@ -1,13 +1,16 @@
 """Builds moyu_ext._C: kernels (csrc), operators on LibTorch's stable ABI and a small pybind module.
 
-Environment: MOYU_CUDA=0|1 forces the CUDA kernels off or on (default: on where nvcc is found),
-MOYU_CUDA_ARCHS="80;90" the GPU architectures, MAX_JOBS the number of parallel compilations.
+Environment: MOYU_CUDA=0 leaves the CUDA kernels out, MOYU_CUDA=1 makes a missing nvcc an error
+(default: they are built where nvcc is found, also next to a CPU build of torch, where they wait
+unused); MOYU_CUDA_ARCHS="80;90" names the GPU architectures, the last of them also as PTX.
 """
 
 import os
 import shutil
 import site
+import subprocess
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import setup
@@ -32,7 +35,6 @@ from torch.utils import cpp_extension
 if tuple(int(n) for n in torch.__version__.split("+")[0].split(".")[:2]) < (2, 11):
     raise SystemExit(f"moyu_ext needs torch 2.11 or newer, found {torch.__version__}.")
 
-ROOT = Path(__file__).parent
 CPU_SOURCES = [
     *(f"csrc/cpu/isa_{isa}.cpp" for isa in ("scalar", "avx2", "avx512", "avx512_bf16", "neon")),
     "csrc/cpu/dispatch.cpp",
@@ -40,24 +42,87 @@ CPU_SOURCES = [
     "moyu_ext/cpu_ops.cpp",
     "moyu_ext/module.cpp",
 ]
+CUDA_SOURCES = sorted(str(path) for path in Path("csrc/cuda").glob("*.cu"))
+CUDA_ARCHS = os.environ.get("MOYU_CUDA_ARCHS", "80;90").split(";")
+
+
+def find_cuda() -> Path | None:
+    """The CUDA toolkit to build with, or None."""
+    wanted = os.environ.get("MOYU_CUDA", "")
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin") if home else None
+    nvcc = nvcc or shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    if wanted == "0":
+        return None
+    root = Path(nvcc).resolve().parent.parent if nvcc else None
+    if root is not None and not (root / "include" / "cuda_runtime.h").exists():
+        root = Path("/usr/local/cuda")  # nvcc is a wrapper that lies elsewhere
+    if root is None or not (root / "include" / "cuda_runtime.h").exists():
+        if wanted == "1":
+            raise SystemExit("MOYU_CUDA=1, but no nvcc is on PATH, in CUDA_HOME or /usr/local/cuda")
+        return None
+    return root
+
+
+CUDA = find_cuda()
+
+
+class Build(cpp_extension.BuildExtension):
+    """torch's build, with the .cu files compiled by nvcc itself.
+
+    cpp_extension compiles CUDA only for a CUDA build of torch; the kernels use no torch header, so
+    the same objects serve every torch.
+    """
+
+    def build_extensions(self) -> None:
+        """Compile the kernels first, then everything else as usual."""
+        if CUDA is not None:
+            folder = Path(self.build_temp) / "cuda"
+            folder.mkdir(parents=True, exist_ok=True)
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                objects = list(pool.map(lambda s: self.compile_cuda(s, folder), CUDA_SOURCES))
+            self.extensions[0].extra_objects += objects
+        super().build_extensions()
+
+    def compile_cuda(self, source: str, folder: Path) -> str:
+        """One .cu file into an object, if anything in csrc is newer than it."""
+        target = folder / (Path(source).stem + ".o")
+        newest = max(path.stat().st_mtime for path in Path("csrc").rglob("*") if path.is_file())
+        if not target.exists() or target.stat().st_mtime < newest:
+            archs = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHS]
+            archs.append(f"-gencode=arch=compute_{CUDA_ARCHS[-1]},code=compute_{CUDA_ARCHS[-1]}")
+            command = [f"{CUDA}/bin/nvcc", "-O3", "-std=c++20", "-Xcompiler=-fPIC", *archs]
+            command += ["-c", source, "-o", str(target)]
+            print(" ".join(command), flush=True)
+            subprocess.run(command, check=True)
+        return str(target)
 
 
 def extension() -> cpp_extension.CppExtension:
-    """The one shared library, with CUDA kernels where nvcc is at hand."""
-    cxx = ["-O3", "-std=c++20", "-fopenmp", "-fvisibility=hidden", "-Wno-maybe-uninitialized"]
+    """The one shared library."""
     macros = [
         # One build serves every torch from 2.11 on.
         ("TORCH_TARGET_VERSION", "0x020b000000000000"),
         ("MOYU_TORCH_BUILT_WITH", f'"{torch.__version__}"'),
     ]
+    sources, include_dirs, link = list(CPU_SOURCES), [pybind11.get_include()], ["-fopenmp"]
+    if CUDA is not None:
+        sources.append("moyu_ext/cuda_ops.cpp")
+        include_dirs.append(str(CUDA / "include"))
+        # USE_CUDA shows torch's stream function. The static runtime, so that the library loads
+        # where there is no CUDA at all.
+        macros += [("USE_CUDA", None), ("MOYU_WITH_CUDA", f'"{";".join(CUDA_ARCHS)}+PTX"')]
+        folders = [CUDA / "lib64", CUDA / "targets" / "x86_64-linux" / "lib"]
+        link += [f"-L{folder}" for folder in folders if folder.exists()]
+        link += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
     return cpp_extension.CppExtension(
         "moyu_ext._C",
-        CPU_SOURCES,
-        include_dirs=[pybind11.get_include()],
+        sources,
+        include_dirs=include_dirs,
         define_macros=macros,
-        extra_compile_args={"cxx": cxx},
-        extra_link_args=["-fopenmp"],
+        extra_compile_args=["-O3", "-std=c++20", "-fopenmp", "-Wno-maybe-uninitialized"],
+        extra_link_args=link,
     )
 
 
-setup(ext_modules=[extension()], cmdclass={"build_ext": cpp_extension.BuildExtension})
+setup(ext_modules=[extension()], cmdclass={"build_ext": Build})

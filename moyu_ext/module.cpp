@@ -24,7 +24,7 @@ py::dict build_info() {
   info["openmp"] = py::none();
 #endif
 #ifdef MOYU_WITH_CUDA
-  info["cuda"] = MOYU_CUDA_ARCHS;
+  info["cuda"] = MOYU_WITH_CUDA;
 #else
   info["cuda"] = py::none();
 #endif
