@@ -91,7 +91,7 @@ class Build(cpp_extension.BuildExtension):
         if not target.exists() or target.stat().st_mtime < newest:
             archs = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHS]
             archs.append(f"-gencode=arch=compute_{CUDA_ARCHS[-1]},code=compute_{CUDA_ARCHS[-1]}")
-            command = [f"{CUDA}/bin/nvcc", "-O3", "-std=c++20", "-Xcompiler=-fPIC", *archs]
+            command = [f"{CUDA}/bin/nvcc", "-O3", "-std=c++20", "-Xcompiler=-fPIC,-fvisibility=hidden", *archs]
             command += ["-c", source, "-o", str(target)]
             print(" ".join(command), flush=True)
             subprocess.run(command, check=True)
@@ -109,9 +109,8 @@ def extension() -> cpp_extension.CppExtension:
     if CUDA is not None:
         sources.append("moyu_ext/cuda_ops.cpp")
         include_dirs.append(str(CUDA / "include"))
-        # USE_CUDA shows torch's stream function. The static runtime, so that the library loads
-        # where there is no CUDA at all.
-        macros += [("USE_CUDA", None), ("MOYU_WITH_CUDA", f'"{";".join(CUDA_ARCHS)}+PTX"')]
+        macros.append(("MOYU_WITH_CUDA", f'"{";".join(CUDA_ARCHS)}+PTX"'))
+        # The static runtime, so that the library loads where there is no CUDA at all.
         folders = [CUDA / "lib64", CUDA / "targets" / "x86_64-linux" / "lib"]
         link += [f"-L{folder}" for folder in folders if folder.exists()]
         link += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]

@@ -2,7 +2,9 @@
 
 Each wraps ``torch.ops.moyu_ext.<name>``; the fakes below let ``torch.compile`` trace through.
 Tensors are contiguous and on one device; weights and ``x`` share float32, float16 or bfloat16, and
-sums are kept in float32. A wrong shape, dtype, device or index raises RuntimeError.
+sums are kept in float32. A wrong shape, dtype or device raises RuntimeError, and on the CPU so does
+an index or count out of range; on CUDA, where the host cannot look at them without waiting, a
+count is clamped and such an index contributes 0.
 """
 
 from __future__ import annotations

@@ -1,0 +1,170 @@
+"""What a method is: a configuration that, bound to one layer's weights, gives that layer's rule.
+
+A method answers two questions: when its active set is known (`plan`, `level`) and how it is chosen
+(the rule). `SparseMLP` asks those and never looks at a method's name.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import ArtifactError, ConfigurationError
+from ..patching.families import MlpWeights
+
+
+class TokenRule(ABC):
+    """The rule of one layer that judges each token by itself; it keeps no state."""
+
+    @abstractmethod
+    def apply(self, x: Tensor, weights: MlpWeights) -> tuple[Tensor, Tensor]:
+        """x [rows, d] -> (output [rows, d], active neurons per row int32 [rows]), by operator."""
+
+    @abstractmethod
+    def active(self, x: Tensor, gate: Tensor, product: Tensor) -> Tensor:
+        """The same choice in plain PyTorch, for forwards where all neurons are computed anyway.
+
+        x: [rows, d]; gate: act(W_gate x) [rows, f]; product: a(x) [rows, f] (both are a(x) where
+        the MLP is ungated), in the model's dtype. Returns bool [rows, f].
+        """
+
+
+class SequenceRule(ABC):
+    """The rule of one layer that fixes one set per sequence from a running sum over its prompt."""
+
+    @abstractmethod
+    def statistic(self, a: Tensor) -> Tensor:
+        """Activations a [n, f] -> what each token adds to the running sum, float32 [n, f], >= 0."""
+
+    @abstractmethod
+    def choose(self, running_sum: Tensor, tokens: Tensor | int) -> Tensor:
+        """Running sum [..., f] over `tokens` tokens (broadcastable) -> active, bool [..., f]."""
+
+
+Rule = TokenRule | SequenceRule
+
+
+class Method(ABC):
+    """Configuration of a method: a frozen dataclass, checked when it is made.
+
+    `name`: the registry's key. `level`: "none", "token" or "sequence". `prefill`: whether a
+    token-level rule also governs the tokens of multi-token forwards. `min_prompt`: tokens a
+    sequence-level method wants to see before it chooses.
+    """
+
+    name: ClassVar[str]
+    level: ClassVar[str]
+    prefill = False
+    min_prompt = 8
+
+    @property
+    @abstractmethod
+    def plan(self) -> str:
+        """When the set is known: "dense", "given", "gate" or "product" (see design, section 2)."""
+
+    @abstractmethod
+    def bind(self, index: int, weights: MlpWeights) -> Rule:
+        """The rule of layer `index`; called once per layer when the model is patched."""
+
+    def validate(self, layers: int, fingerprint: Callable[[], str]) -> None:  # noqa: B027
+        """Raise ConfigurationError (ArtifactError for another model's thresholds) if the method
+        does not fit a model with this many MLPs and this fingerprint of its weights."""
+
+
+def check_count(name: str, value: int) -> None:
+    """Raise ConfigurationError unless value is an integer >= 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigurationError(f"{name} is {value!r}; expected an integer >= 1")
+
+
+def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    """Raise ConfigurationError unless value is one of `allowed`."""
+    if value not in allowed:
+        raise ConfigurationError(f"{name} is {value!r}; expected one of {', '.join(allowed)}")
+
+
+def check_density(value: float) -> None:
+    """Raise ConfigurationError unless value is a number in (0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+        raise ConfigurationError(
+            f"density is {value!r}; expected a number in (0, 1], the fraction of neurons to keep"
+        )
+
+
+def epsilons(thresholds: Any) -> list[float]:
+    """The thresholds as numbers: one (for every layer) or one per layer.
+
+    `thresholds` is a number, a sequence or 1-D tensor of numbers, or an object with `.epsilon`
+    (such as `Thresholds`). Raises ConfigurationError for anything else, for NaN and for values
+    below 0.
+    """
+    values = getattr(thresholds, "epsilon", thresholds)
+    if isinstance(values, Tensor):
+        values = values.tolist()
+    if isinstance(values, (int, float)):
+        values = [values]
+    try:
+        numbers = [float(value) for value in values]
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(
+            f"thresholds is {thresholds!r}; expected Thresholds from calibrate(), a number, or "
+            "one number per layer"
+        ) from error
+    if not numbers:
+        raise ConfigurationError("thresholds is empty; expected one number per layer")
+    for i, number in enumerate(numbers):
+        if math.isnan(number) or number < 0:
+            raise ConfigurationError(
+                f"epsilon of layer {i} is {number}; expected a number >= 0 (0 keeps every neuron)"
+            )
+    return numbers
+
+
+def describe(thresholds: Any) -> str:
+    """The thresholds in a few characters, for repr."""
+    values = epsilons(thresholds)
+    if len(values) == 1:
+        return f"{values[0]:.4g}"
+    return f"<{len(values)} layers, {min(values):.4g}..{max(values):.4g}>"
+
+
+def check_thresholds(
+    thresholds: Any, score: str, layers: int, fingerprint: Callable[[], str]
+) -> None:
+    """Raise ConfigurationError unless the thresholds are for this score and number of layers,
+    ArtifactError where they were calibrated on another model."""
+    made_for = getattr(thresholds, "score", None)
+    if made_for is not None and made_for != score:
+        raise ConfigurationError(
+            f"thresholds were calibrated for score={made_for!r}, the method uses score={score!r}; "
+            "calibrate again with the method that you patch with"
+        )
+    count = len(epsilons(thresholds))
+    per_layer = not isinstance(getattr(thresholds, "epsilon", thresholds), (int, float))
+    if isinstance(thresholds, Tensor) and thresholds.dim() == 0:
+        per_layer = False
+    if per_layer and count != layers:
+        raise ConfigurationError(
+            f"thresholds have {count} layers, the model has {layers} MLPs; pass one epsilon per "
+            "layer (also when only some layers are patched), or a single number for all"
+        )
+    expected = getattr(thresholds, "fingerprint", None)
+    if isinstance(expected, str) and expected:
+        actual = fingerprint()
+        if actual != expected:
+            raise ArtifactError(
+                f"thresholds were calibrated on another model: their fingerprint is {expected}, "
+                f"this model's is {actual}; calibrate this model"
+            )
+
+
+def epsilon_of(thresholds: Any, index: int, device: torch.device) -> Tensor:
+    """The threshold of layer `index` as float32 [1] on `device`."""
+    values = epsilons(thresholds)
+    value = values[0] if len(values) == 1 else values[index]
+    return torch.tensor([value], dtype=torch.float32, device=device)

@@ -1,0 +1,1 @@
+"""Finding the MLPs of a model, replacing them, and keeping the state of sequences."""

@@ -1,0 +1,327 @@
+"""What one forward of the decoder does with its tokens, decided once for all layers by hooks on the
+decoder: they see the cache, the mask and the lengths, which no MLP sees."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..errors import ConfigurationError, PatchStateError
+from ..methods.base import SequenceRule
+from .sequence_state import SequenceState, attach, state_of
+
+
+@dataclass(frozen=True)
+class Pass:
+    """The tokens of one forward: `batch` sequences of `length` tokens.
+
+    decode: every sequence obeys its set. Otherwise all neurons are computed, tokens in `learn`
+    (bool [batch, length]; None: all) enter the statistic if `learns`, and tokens in `govern` (None:
+    none) obey the rule or set. choose: the set is chosen in between, for scoring.
+    """
+
+    batch: int
+    length: int
+    state: SequenceState | None = None
+    decode: bool = False
+    learns: bool = False
+    learn: Tensor | None = None
+    govern: Tensor | None = None
+    choose: bool = False
+
+
+class Context(threading.local):
+    """How the hooks reach the MLPs: the pass of this thread's current forward, if any."""
+
+    current: Pass | None = None
+
+
+class Layer(Protocol):
+    """What the hooks need to know of a patched MLP."""
+
+    f: int
+    rule: Any
+    refreshes: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+
+
+class Arguments:
+    """Reads arguments of a decoder's forward, however they were passed."""
+
+    def __init__(self, decoder: nn.Module) -> None:
+        self._position = {
+            name: i for i, name in enumerate(inspect.signature(decoder.forward).parameters)
+        }
+
+    def get(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """The argument `name`, or None."""
+        if name in kwargs:
+            return kwargs[name]
+        position = self._position.get(name)
+        return args[position] if position is not None and position < len(args) else None
+
+    def shape(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int]:
+        """(batch, new tokens per sequence)."""
+        tokens = self.get("input_ids", args, kwargs)
+        if tokens is None:
+            tokens = self.get("inputs_embeds", args, kwargs)
+        return (1, tokens.shape[0]) if tokens.dim() == 1 else (tokens.shape[0], tokens.shape[1])
+
+
+def find_decoder(model: nn.Module, stack: str) -> nn.Module | None:
+    """The innermost module around the stack of layers whose forward takes ids and a cache."""
+    parts = stack.split(".")
+    for end in range(len(parts), -1, -1):
+        module = model.get_submodule(".".join(parts[:end]))
+        if {"input_ids", "past_key_values"} <= inspect.signature(module.forward).parameters.keys():
+            return module
+    return None
+
+
+class SequenceHooks:
+    """Forward hooks on the decoder for a sequence-level method."""
+
+    def __init__(
+        self, decoder: nn.Module, context: Context, layers: Sequence[Layer], min_prompt: int
+    ) -> None:
+        self.arguments = Arguments(decoder)
+        self.context = context
+        self.layers = layers
+        self.min_prompt = min_prompt
+        self.owner = uuid.uuid4().hex
+        self.paused = False  # while other hooks decide (scoring)
+
+    @property
+    def rules(self) -> list[SequenceRule]:
+        """The layers' rules; read anew, since moving a model binds them anew."""
+        return [layer.rule for layer in self.layers]
+
+    def new_state(self, batch: int) -> SequenceState:
+        """An empty state for `batch` sequences."""
+        shapes = [(layer.f, layer.device) for layer in self.layers]
+        return SequenceState(self.owner, self.min_prompt, batch, shapes)
+
+    def before(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook: decide the pass."""
+        if self.paused:
+            return
+        batch, length = self.arguments.shape(args, kwargs)
+        cache = self.arguments.get("past_key_values", args, kwargs)
+        state = state_of(cache, self.owner)
+        if state is not None and state.batch != batch:
+            if _columns(cache) > 0:
+                raise PatchStateError(
+                    f"the cache belongs to {state.batch} sequences, the forward has {batch}; "
+                    "expand a cache with batch_repeat_interleave or batch_select_indices, so that "
+                    "the sets of a sequence-level method can follow"
+                )
+            state = None  # emptied, and used for another batch
+        if state is not None and state.decodes(length):
+            if not torch.compiler.is_compiling() and not state.closed:
+                state.close()
+            state.closed = True
+            self.context.current = Pass(batch, length, state, decode=True)
+            return
+        self.context.current = self._slow(batch, length, cache, state, args, kwargs)
+
+    def _slow(
+        self,
+        batch: int,
+        length: int,
+        cache: Any,
+        state: SequenceState | None,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> Pass | None:
+        if kwargs.get("cu_seq_lens_q") is not None:
+            raise PatchStateError(
+                "the forward packs the tokens of several sequences into one row (continuous "
+                "batching), so a sequence-level method cannot tell them apart; patch with a "
+                "per-token method (Dense, TDA), or use generate()"
+            )
+        if not hasattr(cache, "get_seq_length"):
+            if cache is not None or self.arguments.get("use_cache", args, kwargs) is False:
+                return None  # no cache to keep a state on: dense
+            past = 0
+        else:
+            past = _columns(cache)
+        if state is None:
+            state = self.new_state(batch)
+            if cache is not None:
+                attach(cache, state)
+        learners = state.start(length, past)
+        if (state.pending & ~learners).any():
+            self.choose(state)
+        if state.closed and state.ready:
+            return Pass(batch, length, state, decode=True)
+        mask = self.arguments.get("attention_mask", args, kwargs)
+        real = real_tokens(mask, batch, length, past)
+        if learners.all():
+            return Pass(batch, length, state, learns=True, learn=real)
+        learn = learners.unsqueeze(1).expand(batch, length)
+        if real is not None:
+            learn = learn.to(real.device) & real
+        govern = None
+        if batch * length <= ops.MAX_ROWS:  # more rows run dense, as they do in decode
+            govern = (~learners).unsqueeze(1).expand(batch, length)
+        return Pass(batch, length, state, learns=True, learn=learn, govern=govern)
+
+    def after(
+        self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """Forward hook: keep what the layers learned."""
+        if self.paused:
+            return
+        current, self.context.current = self.context.current, None
+        if current is None or current.decode or current.state is None:
+            return
+        state = current.state
+        if output is None:  # the forward raised: some layers have learned, some have not
+            state.reset()
+            return
+        cache = self.arguments.get("past_key_values", args, kwargs)
+        if cache is None:
+            cache = _cache_in(output)
+            if cache is None:
+                return
+            attach(cache, state)
+            past = 0
+        else:
+            past = _columns(cache) - current.length
+        entered = torch.ones(current.batch, current.length, dtype=torch.bool)
+        if current.learn is not None:
+            entered &= current.learn.cpu()
+        state.learned(current.length, past, entered)
+        # Chosen now rather than by the first decode step, which then has nothing left to decide
+        # and can be captured in a graph.
+        self.choose(state)
+
+    def choose(self, state: SequenceState) -> None:
+        """Choose the sets whose statistic changed, and count that in the report."""
+        fresh = state.choose(self.rules)
+        for layer in self.layers:
+            layer.refreshes += fresh
+
+
+class ScoringHooks:
+    """Forward hooks on the decoder that score a continuation in one forward, see `scoring`."""
+
+    def __init__(
+        self,
+        decoder: nn.Module,
+        context: Context,
+        context_length: int | Sequence[int],
+        everywhere: bool,
+        sequences: SequenceHooks | None,
+    ) -> None:
+        self.arguments = Arguments(decoder)
+        self.context = context
+        self.context_length = context_length
+        self.everywhere = everywhere
+        self.sequences = sequences
+
+    def before(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook: decide the pass."""
+        batch, length = self.arguments.shape(args, kwargs)
+        cache = self.arguments.get("past_key_values", args, kwargs)
+        past = _columns(cache) if hasattr(cache, "get_seq_length") else 0
+        if past:
+            raise PatchStateError(
+                f"scoring: the cache already holds {past} tokens; expected the whole text, context "
+                "and continuation, in one forward"
+            )
+        lengths = torch.as_tensor(self.context_length)
+        if lengths.dim() == 1 and lengths.numel() != batch:
+            raise ConfigurationError(
+                f"scoring: {lengths.numel()} context lengths for a batch of {batch}; pass one "
+                "number, or one per row"
+            )
+        govern = torch.arange(length) >= lengths.reshape(-1, 1).expand(batch, 1)
+        mask = self.arguments.get("attention_mask", args, kwargs)
+        real = real_tokens(mask, batch, length, 0)
+        if real is None:
+            real = torch.ones_like(govern)
+        real = real.cpu()
+        if self.sequences is None:
+            governed = torch.ones_like(govern) if self.everywhere else govern
+            self.context.current = Pass(batch, length, govern=governed & real)
+            return
+        learn = ~govern & real
+        state = self.sequences.new_state(batch)
+        state.tokens = learn.sum(1)
+        govern = govern & real & (state.tokens >= state.min_prompt).unsqueeze(1)
+        self.context.current = Pass(
+            batch, length, state, learns=True, learn=learn, govern=govern, choose=True
+        )
+
+    def after(
+        self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """Forward hook: forget the pass."""
+        self.context.current = None
+
+
+def register(decoder: nn.Module, hooks: SequenceHooks | ScoringHooks) -> Callable[[], None]:
+    """Put the hooks on the decoder; returns what takes them off again."""
+    handles = [
+        decoder.register_forward_pre_hook(hooks.before, with_kwargs=True),
+        # always_call: an interrupted forward must not leave its pass behind.
+        decoder.register_forward_hook(hooks.after, with_kwargs=True, always_call=True),
+    ]
+
+    def remove() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return remove
+
+
+def real_tokens(mask: Any, batch: int, length: int, past: int) -> Tensor | None:
+    """Which of the new tokens are no padding: bool [batch, length], or None for all.
+
+    `mask` is what the decoder got: [batch, past + length] (0 is padding), or the 4-D mask that
+    static caches get (bool, or additive floats), where a token is real if it sees itself, or a
+    dictionary of those. Anything else (flex attention's block masks) says nothing: all are real.
+    """
+    if isinstance(mask, Mapping):
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    if not isinstance(mask, Tensor):
+        return None
+    # A cache of fixed size has columns past the new tokens; a sliding one lacks the first.
+    start = past if mask.shape[-1] >= past + length else mask.shape[-1] - length
+    if mask.dim() == 2:
+        return (mask[:, start : start + length] != 0).expand(batch, length)
+    if mask.dim() == 4:
+        columns = mask[:, 0, -length:, start : start + length]
+        seen = columns.diagonal(dim1=-2, dim2=-1)
+        seen = seen if seen.dtype == torch.bool else seen > -1
+        return seen.expand(batch, length)
+    return None
+
+
+def _columns(cache: Any) -> int:
+    """Tokens in the cache."""
+    try:
+        return int(cache.get_seq_length())
+    except ValueError as error:  # a cache of recurrent states alone
+        raise PatchStateError(
+            f"{type(cache).__name__} does not count its tokens ({error}), so a sequence-level "
+            "method cannot follow it; patch with a per-token method (Dense, TDA)"
+        ) from error
+
+
+def _cache_in(output: Any) -> Any:
+    cache = getattr(output, "past_key_values", None)
+    candidates = output if isinstance(output, tuple) else (cache,)
+    return next((item for item in candidates if hasattr(item, "get_seq_length")), None)

@@ -1,0 +1,269 @@
+"""patch, unpatch, report, scoring: the functions that a user calls on a model."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from ..errors import ConfigurationError, PatchStateError, UnsupportedModelError
+from ..methods.base import Method
+from ..methods.srida import SRIDA
+from .families import check_hooks, find_mlps
+from .passes import Context, ScoringHooks, SequenceHooks, find_decoder, register
+from .report import LayerReport, Report
+from .sparse_mlp import Bypass, SparseMLP, StandIn, make_contiguous
+
+Model = TypeVar("Model", bound=nn.Module)
+_PATCH = "_moyu_patch"
+
+
+@dataclass
+class _Patch:
+    """What `unpatch` needs to know; kept on the model."""
+
+    method: Method
+    mlps: list[SparseMLP]
+    decoder: nn.Module | None
+    context: Context
+    hooks: SequenceHooks | None
+    undo: list[Callable[[], None]] = field(default_factory=list)
+
+    def revert(self) -> None:
+        while self.undo:
+            self.undo.pop()()
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def patch(
+    model: Model, method: Method | None = None, *, layers: Iterable[int] | None = None
+) -> Model:
+    """Let `method` decide which neurons the model's MLPs compute; in place, returns the model.
+
+    method: SRIDA(density=0.5) by default, which needs no calibration. layers: the indices of the
+    MLPs to patch (negative ones count from the end), all by default. The model keeps its parameters
+    and their names; W_down is laid out neuron-major, so memory peaks one W_down above the model's.
+    For inference on the device the model is on.
+
+    Raises UnsupportedModelError for a model that it does not know, ConfigurationError for a method
+    or layers that do not fit, ArtifactError for thresholds of another model, PatchStateError for a
+    patched model or one in training mode. After an error the model is as it was.
+    """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(
+            f"patch: model is a {type(model).__name__}; expected the loaded model, a "
+            "torch.nn.Module"
+        )
+    if any(isinstance(module, StandIn) for module in model.modules()):
+        raise PatchStateError("the model is patched already; call moyu_ext.unpatch(model) first")
+    method = SRIDA() if method is None else method
+    if not isinstance(method, Method):
+        raise ConfigurationError(
+            f"method is {method!r}; expected a method such as moyu_ext.SRIDA(density=0.5) or "
+            "moyu_ext.STDA(thresholds)"
+        )
+    if model.training:
+        raise PatchStateError(
+            "the model is in training mode, but a patched model only infers; call model.eval() "
+            "before patch"
+        )
+    sites = find_mlps(model)
+    method.validate(len(sites), lambda: _fingerprint(model))
+    context = Context()
+    chosen = [sites[index] for index in _layer_indices(layers, len(sites))]
+    for site in chosen:
+        check_hooks(site)
+    mlps = [SparseMLP(site, method, context, slot) for slot, site in enumerate(chosen)]
+    stack = sites[0].stack
+    decoder = find_decoder(model, stack)
+    hooks = None
+    if method.level == "sequence":
+        if decoder is None:
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: no module around {stack} takes input_ids and "
+                "past_key_values, so a sequence-level method has no sequences to follow; patch "
+                "with a per-token method (Dense, TDA)"
+            )
+        hooks = SequenceHooks(decoder, context, mlps, method.min_prompt)
+    patched = _Patch(method, mlps, decoder, context, hooks)
+    try:
+        for mlp in mlps:
+            _install(mlp, patched.undo)
+        if decoder is not None and hooks is not None:
+            patched.undo.append(register(decoder, hooks))
+            _pickle_without(decoder, patched.undo)
+        if decoder is not model or hooks is None:
+            _pickle_without(model, patched.undo)
+    except BaseException:
+        patched.revert()
+        raise
+    model.__dict__[_PATCH] = patched
+    return model
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def unpatch(model: Model) -> Model:
+    """Give the model its own modules back: the same objects, parameters and bits; returns it.
+
+    Raises PatchStateError where the model is not patched.
+    """
+    _patch_of(model).revert()
+    del model.__dict__[_PATCH]
+    return model
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether `patch` was called on this model object."""
+    return _PATCH in model.__dict__
+
+
+def report(model: nn.Module, *, reset: bool = False) -> Report:
+    """Realised densities since the patch, see `Report`; reset=True starts the counts anew.
+
+    Raises PatchStateError where the model is not patched.
+    """
+    patched = _patch_of(model)
+    rows = []
+    for mlp in patched.mlps:
+        active, tokens, dense = (int(t) for t in (mlp.active, mlp.tokens, mlp.dense_tokens))
+        density = active / (tokens * mlp.f) if tokens else float("nan")
+        site = mlp.site
+        rows.append(
+            LayerReport(site.index, site.name, mlp.f, density, tokens, dense, mlp.refreshes)
+        )
+        if reset:
+            mlp.reset_counts()
+    return Report(repr(patched.method), tuple(rows))
+
+
+@contextmanager
+def scoring(model: nn.Module, context_length: int | Sequence[int]) -> Iterator[None]:
+    """Within the block, a forward treats its text as generation would have: for evaluation.
+
+    Columns before `context_length` (one number, or one per row of the batch, counted with padding)
+    are the prompt: dense, and for a sequence-level method the statistic. Later columns are the
+    continuation: under the method's rule or the set chosen, all in one forward. Sequences with
+    fewer than `min_prompt` real tokens of context stay dense. Without gradient.
+
+    Raises PatchStateError where the model is not patched or the forward continues a cache,
+    ConfigurationError for an impossible length.
+    """
+    patched = _patch_of(model)
+    lengths = list(context_length) if isinstance(context_length, Iterable) else [context_length]
+    if not lengths or any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in lengths):
+        raise ConfigurationError(
+            f"context_length is {context_length!r}; expected the number of context tokens, >= 0, "
+            "or one per row"
+        )
+    if patched.decoder is None:
+        raise UnsupportedModelError(
+            f"scoring: no module of {type(model).__name__} takes input_ids and past_key_values"
+        )
+    hooks = ScoringHooks(
+        patched.decoder, patched.context, context_length, patched.method.prefill, patched.hooks
+    )
+    remove = register(patched.decoder, hooks)
+    if patched.hooks is not None:
+        patched.hooks.paused = True
+    try:
+        yield
+    finally:
+        remove()
+        if patched.hooks is not None:
+            patched.hooks.paused = False
+
+
+def _patch_of(model: nn.Module) -> _Patch:
+    patched = getattr(model, "__dict__", {}).get(_PATCH)
+    if patched is None:
+        raise PatchStateError(
+            f"this {type(model).__name__} is not patched; call moyu_ext.patch(model, method) "
+            "first, and pass the same object here"
+        )
+    return patched
+
+
+def _layer_indices(layers: Iterable[int] | None, count: int) -> list[int]:
+    if layers is None:
+        return list(range(count))
+    chosen: set[int] = set()
+    try:
+        wanted = [operator.index(index) for index in layers]
+    except TypeError as error:
+        raise ConfigurationError(
+            f"layers is {layers!r}; expected indices between {-count} and {count - 1}"
+        ) from error
+    for index in wanted:
+        if not -count <= index < count:
+            raise ConfigurationError(
+                f"layers contains {index}; the model has {count} MLPs: expected indices between "
+                f"{-count} and {count - 1}"
+            )
+        chosen.add(index % count)
+    if not chosen:
+        raise ConfigurationError("layers is empty; name at least one layer, or None for all")
+    return sorted(chosen)
+
+
+def _fingerprint(model: nn.Module) -> str:
+    # Here, not above: calibration stands on patching.
+    from ..calibration.thresholds import fingerprint
+
+    return fingerprint(model)
+
+
+def _install(mlp: SparseMLP, undo: list[Callable[[], None]]) -> None:
+    site = mlp.site
+    down = site.linear(site.family.down)
+    undo.append(lambda: make_contiguous(down))
+    mlp.take_layout()
+    if not site.family.inline:
+        _replace(site.layer, site.child, mlp, undo)
+        return
+    for name in (site.family.activation, site.family.down):
+        _replace(site.layer, name, Bypass(getattr(site.layer, name)), undo)
+    _replace(site.layer, site.family.up, mlp, undo)
+
+
+def _replace(
+    parent: nn.Module, name: str, stand_in: StandIn, undo: list[Callable[[], None]]
+) -> None:
+    def revert() -> None:
+        stand_in.original.training = stand_in.training
+        setattr(parent, name, stand_in.original)
+
+    undo.append(revert)
+    setattr(parent, name, stand_in)
+
+
+def _pickle_without(module: nn.Module, undo: list[Callable[[], None]]) -> None:
+    """Let copies and pickles of this module forget the patch: they are the unpatched model."""
+
+    def __getstate__() -> dict[str, Any]:
+        state = dict(module.__dict__)
+        state.pop("__getstate__")
+        state.pop(_PATCH, None)
+        for hooks in ("_forward_pre_hooks", "_forward_hooks"):
+            kept = {
+                key: hook
+                for key, hook in state[hooks].items()
+                if not isinstance(getattr(hook, "__self__", None), (SequenceHooks, ScoringHooks))
+            }
+            state[hooks] = type(state[hooks])(kept)
+            for suffix in ("_with_kwargs", "_always_called"):
+                flags = state.get(hooks + suffix)
+                if flags is not None:
+                    state[hooks + suffix] = type(flags)(
+                        (key, flag) for key, flag in flags.items() if key in kept
+                    )
+        return state
+
+    module.__dict__["__getstate__"] = __getstate__
+    undo.append(lambda: module.__dict__.pop("__getstate__", None))

@@ -1,0 +1,298 @@
+"""The modules that stand in for a model's own: `SparseMLP` computes, `Bypass` only keeps weights.
+
+A stand-in shares the original's parameters, children and hooks, so state_dict() keeps its names,
+and it pickles and copies as the original. W_down stays a [d, f] parameter, but its memory is
+neuron-major (strides (1, d)): a neuron is then one contiguous row in all three matrices.
+"""
+
+from __future__ import annotations
+
+import copy
+import copyreg
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+from ..errors import PatchStateError
+from ..methods.base import Method, SequenceRule, TokenRule
+from ..reference import ACTIVATIONS
+from .families import MlpSite, MlpWeights
+from .passes import Context, Pass
+
+
+class _InferenceOnly(torch.autograd.Function):
+    """Identity whose backward is an error: the operators have no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise PatchStateError(
+            "backward through a patched MLP: its operators have no gradient; call "
+            "moyu_ext.unpatch(model) to train"
+        )
+
+
+class StandIn(nn.Module):
+    """Takes an original module's place, with its parameters, children, buffers and hooks."""
+
+    is_stand_in = True
+    original: nn.Module
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.__dict__.update(original.__dict__)
+        self.__dict__.pop("forward", None)
+        self.__dict__["_compiled_call_impl"] = None
+        self.__dict__["_load_state_dict_post_hooks"] = OrderedDict(
+            original._load_state_dict_post_hooks
+        )
+        # Not through setattr: the original must not become a child.
+        self.__dict__["original"] = original
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # As the original's class, by a function of the standard library: loading the pickle needs
+        # no moyu_ext. (pickle refuses the usual __newobj__ for an object of another class.)
+        twin = _plain(self.original, self.training)
+        return copyreg._reconstructor, (type(twin), object, None), twin.__dict__  # type: ignore[attr-defined]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        twin = copy.deepcopy(self.original, memo)
+        twin.training = self.training
+        make_contiguous(twin)
+        memo[id(self)] = twin
+        return twin
+
+
+class Bypass(StandIn):
+    """Hands its input on. Stands in for the later parts of an MLP without a module of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x."""
+        return x
+
+
+class SparseMLP(StandIn):
+    """One MLP under a method: x [..., d] -> [..., d].
+
+    Up to ops.MAX_ROWS (8) rows go through the method's operator. More rows run dense, at the speed
+    of the matmuls. Where a rule has to hold although all neurons are computed, they are masked.
+    """
+
+    def __init__(self, site: MlpSite, method: Method, context: Context, slot: int) -> None:
+        super().__init__(site.entry)
+        self.site = site
+        self.method = method
+        self.context = context
+        self.slot = slot
+        self.d: int = site.d
+        self.f: int = site.f
+        weights = site.weights()
+        self.weights: MlpWeights | None = weights
+        self.rule = method.bind(site.index, weights)
+        self.per_token = isinstance(self.rule, TokenRule)
+        self.refreshes: int = 0
+        self.reset_counts()
+        # New values may need another layout, and the rule new column norms.
+        self.register_load_state_dict_post_hook(SparseMLP._forget_weights)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.site.linear(self.site.family.up).weight.device
+
+    def reset_counts(self) -> None:
+        """Start the report anew: neurons active, tokens governed, tokens run dense."""
+        device = self.device
+        # Never inference tensors: later forwards may run outside of inference_mode.
+        with torch.inference_mode(False):
+            self.active = torch.zeros(1, dtype=torch.int64, device=device)
+            self.tokens = torch.zeros(1, dtype=torch.int64, device=device)
+            self.dense_tokens = torch.zeros(1, dtype=torch.int64, device=device)
+        self.refreshes = 0
+
+    def take_layout(self) -> None:
+        """Make W_down neuron-major, in place in its parameter, and read the weights again."""
+        down = self.site.linear(self.site.family.down).weight
+        with torch.inference_mode(False):
+            if not down.data.t().is_contiguous():
+                down.data = down.data.t().contiguous().t()
+            self.weights = self.site.weights()
+
+    def _forget_weights(self, *_: Any) -> None:
+        self.weights = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseMLP:
+        super()._apply(fn, recurse)
+        for name in ("active", "tokens", "dense_tokens"):
+            setattr(self, name, fn(getattr(self, name)))
+        # Read again at the next forward: an MLP spread over a layer moves part by part.
+        self.weights = None
+        return self
+
+    def _read_weights(self) -> MlpWeights:
+        self.take_layout()
+        assert self.weights is not None
+        self.rule = self.method.bind(self.site.index, self.weights)
+        return self.weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The MLP's output, [..., d]; PatchStateError in training mode."""
+        if self.training:
+            raise PatchStateError(
+                f"{self.site.name} is in training mode, but a patched model only infers; call "
+                "model.eval(), or moyu_ext.unpatch(model) to train"
+            )
+        weights = self.weights
+        if weights is None:
+            weights = self._read_weights()
+        current = self.context.current
+        if current is None:
+            rows = x.numel() // self.d
+            if not self.per_token or (rows > ops.MAX_ROWS and not self.method.prefill):
+                return self._dense(x, weights)
+            if rows <= ops.MAX_ROWS:
+                return self._token(x, weights)
+            everything = torch.ones(1, rows, dtype=torch.bool, device=x.device)
+            return self._computed(x, weights, Pass(1, rows, govern=everything))
+        if x.numel() != current.batch * current.length * self.d:
+            raise PatchStateError(
+                f"{self.site.name} got x {list(x.shape)} in a forward of {current.batch} sequences "
+                f"of {current.length} tokens, so it cannot tell them apart; patch with a per-token "
+                "method (Dense, TDA)"
+            )
+        if current.decode:
+            return self._given(x, weights, current)
+        return self._computed(x, weights, current)
+
+    def _token(self, x: Tensor, weights: MlpWeights) -> Tensor:
+        rows = x.reshape(-1, self.d)
+        out, counts = self.rule.apply(rows, weights)  # type: ignore[union-attr]
+        self.active.add_(counts if counts.numel() == 1 else counts.sum())
+        self.tokens.add_(rows.shape[0])
+        return self._finish(out, x)
+
+    def _given(self, x: Tensor, weights: MlpWeights, current: Pass) -> Tensor:
+        rows = current.batch * current.length
+        if rows > ops.MAX_ROWS:
+            return self._dense(x, weights)
+        assert current.state is not None
+        layer = current.state.layers[self.slot]
+        mask = None
+        if current.batch > 1:
+            mask = layer.mask
+            if current.length > 1:
+                mask = mask.repeat_interleave(current.length, 0)
+        w = weights
+        out = ops.sparse_mlp(
+            x.reshape(rows, self.d),
+            w.gate,
+            w.up,
+            w.down_t,
+            w.gate_bias,
+            w.up_bias,
+            w.down_bias,
+            layer.indices,
+            layer.count,
+            mask,
+            w.activation,
+        )
+        self.active.add_(layer.active, alpha=current.length)
+        self.tokens.add_(rows)
+        return self._finish(out, x)
+
+    @staticmethod
+    def _finish(out: Tensor, x: Tensor) -> Tensor:
+        out = out.view(x.shape)
+        if out.requires_grad and not torch.compiler.is_compiling():
+            return _InferenceOnly.apply(out)
+        return out
+
+    def _dense(self, x: Tensor, weights: MlpWeights) -> Tensor:
+        _, product = self._activations(x, weights)
+        self.dense_tokens.add_(x.numel() // self.d)
+        return self._down(product, weights)
+
+    def _computed(self, x: Tensor, weights: MlpWeights, current: Pass) -> Tensor:
+        """All neurons, those masked that a governed token may not use."""
+        gate, product = self._activations(x, weights)
+        shape = (current.batch, current.length, self.f)
+        a = product.view(shape)
+        rows = current.batch * current.length
+        layer = None
+        if current.state is not None:
+            layer = current.state.layers[self.slot]
+            assert isinstance(self.rule, SequenceRule)
+            if current.learns:
+                learn = current.learn
+                layer.learn(self.rule, a, None if learn is None else learn.to(x.device))
+            if current.choose:
+                tokens = current.state.tokens.clamp_min(1).unsqueeze(1)
+                layer.decide(self.rule, tokens.to(x.device))
+        if current.govern is None:
+            self.dense_tokens.add_(rows)
+            return self._down(product, weights)
+        govern = current.govern.to(x.device).unsqueeze(-1)
+        if isinstance(self.rule, TokenRule):
+            flat = (rows, self.f)
+            active = self.rule.active(x.reshape(rows, self.d), gate.view(flat), product.view(flat))
+            active = active.view(shape)
+        else:
+            assert layer is not None
+            active = layer.mask.bool().unsqueeze(1)
+        governed = govern.sum()
+        self.active.add_((active & govern).sum())
+        self.tokens.add_(governed)
+        self.dense_tokens.add_(rows - governed)
+        a = a.masked_fill(govern & ~active, 0.0)
+        return self._down(a.view(product.shape), weights)
+
+    def _activations(self, x: Tensor, weights: MlpWeights) -> tuple[Tensor, Tensor]:
+        """act(W_gate x) and a(x), [..., f] in the model's dtype, as the model computes them."""
+        act = ACTIVATIONS[weights.activation]
+        up = F.linear(x, weights.up, weights.up_bias)
+        if weights.gate is None:
+            product = act(up)
+            return product, product
+        gate = act(F.linear(x, weights.gate, weights.gate_bias))
+        # In place where no gradient needs `up`: one pass over [n, f] less than the model's own.
+        return gate, gate * up if torch.is_grad_enabled() else up.mul_(gate)
+
+    def _down(self, a: Tensor, weights: MlpWeights) -> Tensor:
+        down = self.site.linear(self.site.family.down)
+        return F.linear(a, down.weight, weights.down_bias)
+
+    def extra_repr(self) -> str:
+        """The method."""
+        return f"{self.method!r}"
+
+
+def make_contiguous(module: nn.Module) -> None:
+    """Give every 2-D parameter row-major memory again; same parameters, same values."""
+    for parameter in module.parameters():
+        if not parameter.data.is_contiguous():
+            parameter.data = parameter.data.contiguous()
+
+
+def _plain(original: nn.Module, training: bool) -> nn.Module:
+    """A shallow twin of the original with contiguous parameters, for pickling."""
+    twin = copy.copy(original)
+    twin.training = training
+    twin._parameters = {
+        name: parameter
+        if parameter is None or parameter.is_contiguous()
+        else nn.Parameter(parameter.data.contiguous(), parameter.requires_grad)
+        for name, parameter in original._parameters.items()
+    }
+    twin._modules = {
+        name: None if child is None else _plain(child, child.training)
+        for name, child in original._modules.items()
+    }
+    return twin
