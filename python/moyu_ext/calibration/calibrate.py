@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigurationError, PatchStateError
-from ..patching.families import MlpSite, find_mlps
+from ..methods.qrida import QRIDA
+from ..patching.families import MlpSite, MlpWeights, find_mlps
 from .cett import LayerTokens, largest_epsilon
 from .forward import answer_mlps
 from .text import Batch, encode_texts, longest_window, make_batch, read_texts, write_own
@@ -53,7 +54,8 @@ def calibrate(
     `texts`: a list of strings, the path of a UTF-8 text file, or None: the model writes its own by
     sampling (`seed`). At most `max_tokens` tokens are used, in windows of at most 512.
     `method`: None, "tda" or `TDA` (thresholds on the neuron norm; a TDA with score="gate": on
-    |act(g_i)|), "stda" or `STDA`.
+    |act(g_i)|), "stda" or `STDA`, or "qrida" or a `QRIDA` (thresholds on the norm that its shadow
+    estimates; CETT is the true one of what they drop).
     `on`: "token": eps compares with one token's scores. "continuation" (STDA): the set is chosen
     from the first half of each text, which stays dense, and CETT is measured on the second.
     `sequential`: layers in order, each seeing what the sparsified layers below it produce; else
@@ -68,7 +70,7 @@ def calibrate(
     Raises ConfigurationError for a value or text that cannot be used, PatchStateError for a
     patched model or one in training mode, UnsupportedModelError where the MLPs are not known.
     """
-    name, score = _method(method)
+    name, score, method = _method(method)
     _check(cett, max_tokens, on, granularity, name)
     sites = find_mlps(model)
     if any(getattr(site.entry, "is_stand_in", False) for site in sites):
@@ -84,7 +86,8 @@ def calibrate(
             rows = encode_texts(tokenizer, read_texts(texts, max_tokens), max_tokens, window)
         shortest = 2 * _MIN_PROMPT if on == "continuation" else 1
         batch = make_batch(model, rows, max_tokens, shortest)
-        run = _Run(model, sites, batch, score, on, sequential, report)
+        scorer = method.scorer if score == "shadow" else None
+        run = _Run(model, sites, batch, scorer or score, on, sequential, report)
         epsilons = None
         if granularity == "model":
             epsilons = [run.one_epsilon(cett)] * len(sites)
@@ -102,19 +105,23 @@ def calibrate(
         tokens=run.measured,
         model=_model_id(getattr(config, "_name_or_path", "") or type(model).__name__),
         dtype=str(sites[0].weights().up.dtype).removeprefix("torch."),
+        bits=tuple(method.bits_of(i) for i in range(len(sites))) if score == "shadow" else (),
     )
 
 
-def _method(method: Any) -> tuple[str, str]:
-    """The name of a method given as name, class or instance, and the score it compares."""
+def _method(method: Any) -> tuple[str, str, Any]:
+    """The name of a method given as name, class or instance, the score it compares, and itself."""
     name = "tda" if method is None else method
     name = name if isinstance(name, str) else getattr(method, "name", None)
     name = name.lower() if isinstance(name, str) else name
-    if name not in ("tda", "stda"):
+    if name not in ("tda", "stda", "qrida"):
         raise ConfigurationError(
-            f"method is {method!r}; thresholds are calibrated for TDA and STDA (None means TDA)"
+            f"method is {method!r}; thresholds are calibrated for TDA, STDA and QRIDA (None means "
+            "TDA)"
         )
-    return name, getattr(method, "score", "product") if name == "tda" else "product"
+    if name == "qrida":
+        return name, "shadow", method if isinstance(method, QRIDA) else QRIDA()
+    return name, getattr(method, "score", "product") if name == "tda" else "product", method
 
 
 def _check(cett: float, max_tokens: int, on: str, granularity: str, name: str) -> None:
@@ -149,7 +156,7 @@ class _Run:
         model: nn.Module,
         sites: list[MlpSite],
         batch: Batch,
-        score: str,
+        score: str | Callable[[int, MlpWeights], Callable[[Tensor], Tensor]],
         on: str,
         sequential: bool,
         report: Report,
@@ -160,7 +167,9 @@ class _Run:
         self.measured = 0
 
     def _tokens(self, index: int, x: Tensor) -> LayerTokens:
-        tokens = LayerTokens(x, self._sites[index].weights(), self._score, self._lengths)
+        weights = self._sites[index].weights()
+        score = self._score(index, weights) if callable(self._score) else self._score
+        tokens = LayerTokens(x, weights, score, self._lengths)
         self.measured = tokens.measured
         return tokens
 

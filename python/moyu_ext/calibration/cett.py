@@ -54,7 +54,8 @@ def _ratio(dropped_sum: Tensor, total_norm: Tensor) -> Tensor:
 class LayerTokens:
     """The calibration tokens of one layer: inputs x [tokens, d] and the layer's weights.
 
-    `score` is "product" or "gate". With `lengths` (tokens of each text, in order) the rule is
+    `score` is "product" or "gate", or a function that gives the scores [n, f] of inputs [n, d]
+    in their own dtype. With `lengths` (tokens of each text, in order) the rule is
     that of a sequence: the first half of a text (rounded down) is its prompt, z_i the root mean
     square of ||n_i|| over it, and CETT is measured on the rest; the prompt itself stays dense.
     Memory: the inputs, float32 weights and a few [256, f] blocks.
@@ -66,7 +67,7 @@ class LayerTokens:
         self,
         x: Tensor,
         weights: MlpWeights,
-        score: str = "product",
+        score: str | Callable[[Tensor], Tensor] = "product",
         lengths: Sequence[int] | None = None,
     ) -> None:
         self.x = x
@@ -94,6 +95,8 @@ class LayerTokens:
             bias = None if w.gate_bias is None else w.gate_bias.float()
             first = act(F.linear(x, self._gate, bias))
             a = first * h
+        if callable(self.score):
+            return a, self.score(self.x[rows])
         return a, first.abs() if self.score == "gate" else a.abs() * self._norms
 
     def _blocks(self) -> Iterator[tuple[slice, Tensor, Tensor | None]]:

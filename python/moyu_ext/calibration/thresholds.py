@@ -45,8 +45,9 @@ class LayerThreshold:
 class Thresholds:
     """Thresholds of one model, layer by layer, and how they were found.
 
-    `cett` is the target. `score` is "product" (epsilon in units of the neuron norm) or "gate" (in
-    units of |act(g_i)|). `method`, `on`, `granularity` and `sequential` are the arguments of
+    `cett` is the target. `score` is "product" (epsilon in units of the neuron norm), "gate" (in
+    units of |act(g_i)|) or "shadow" (in units of the norm that a shadow of `bits` estimates; (gate,
+    up) of each layer). `method`, `on`, `granularity` and `sequential` are the arguments of
     `calibrate`; `tokens` is the number of tokens measured; `dtype` the model's; `model` its id and
     `fingerprint` that of its weights (see `fingerprint`).
 
@@ -64,10 +65,12 @@ class Thresholds:
     tokens: int = 0
     model: str = ""
     dtype: str = "float32"
+    bits: tuple[tuple[int, int], ...] = ()
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(self, "bits", tuple(tuple(pair) for pair in self.bits))
         if not self.layers:
             raise ConfigurationError("thresholds: expected at least one layer, got none")
         for index, layer in enumerate(self.layers):
@@ -77,10 +80,15 @@ class Thresholds:
                     "value >= 0 (0 keeps every neuron)"
                 )
         choices = {
-            "score": ("product", "gate"),
+            "score": ("product", "gate", "shadow"),
             "on": ("token", "continuation"),
             "granularity": ("layer", "model"),
         }
+        if len(self.bits) != (len(self.layers) if self.score == "shadow" else 0):
+            raise ConfigurationError(
+                f"thresholds: bits has {len(self.bits)} entries for {len(self.layers)} layers and "
+                f"score {self.score!r}; expected one per layer for \"shadow\", else none"
+            )
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ConfigurationError(

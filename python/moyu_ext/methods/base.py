@@ -15,11 +15,15 @@ import torch
 from torch import Tensor
 
 from ..errors import ArtifactError, ConfigurationError
+from ..guard import LayerGuard
 from ..patching.families import MlpWeights
 
 
 class TokenRule(ABC):
-    """The rule of one layer that judges each token by itself; it keeps no state."""
+    """The rule of one layer that judges each token by itself; it keeps no state of sequences."""
+
+    guard: LayerGuard | None = None
+    """Measures what the rule drops, where the rule is an estimate."""
 
     @abstractmethod
     def apply(self, x: Tensor, weights: MlpWeights) -> tuple[Tensor, Tensor]:

@@ -135,11 +135,23 @@ def report(model: nn.Module, *, reset: bool = False) -> Report:
         active, tokens, dense = (int(t) for t in (mlp.active, mlp.tokens, mlp.dense_tokens))
         density = active / (tokens * mlp.f) if tokens else float("nan")
         site = mlp.site
+        guard = getattr(mlp.rule, "guard", None)
         rows.append(
-            LayerReport(site.index, site.name, mlp.f, density, tokens, dense, mlp.refreshes)
+            LayerReport(
+                site.index,
+                site.name,
+                mlp.f,
+                density,
+                tokens,
+                dense,
+                mlp.refreshes,
+                None if guard is None else guard.report(),
+            )
         )
         if reset:
             mlp.reset_counts()
+            if guard is not None:
+                guard.reset()
     return Report(repr(patched.method), tuple(rows))
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ..guard import GuardReport
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -12,7 +14,8 @@ class LayerReport:
 
     density: active neurons / f over the governed tokens, NaN if there were none; tokens: positions
     that obeyed the method; dense_tokens: positions that ran with all neurons (prompts, fallbacks,
-    padding included); refreshes: sets chosen, one per sequence and prompt.
+    padding included); refreshes: sets chosen, one per sequence and prompt; guard: the true CETT and
+    recall of what a router chose, where the method has one and its guard is on.
     """
 
     index: int
@@ -22,6 +25,7 @@ class LayerReport:
     tokens: int
     dense_tokens: int
     refreshes: int
+    guard: GuardReport | None = None
 
 
 @dataclass(frozen=True)
@@ -45,18 +49,40 @@ class Report:
         """1 - density."""
         return 1.0 - self.density
 
+    @property
+    def cett(self) -> float:
+        """Mean of the CETT that guards measured, over tokens and layers; NaN where none did."""
+        return self._measured("cett")
+
+    @property
+    def recall(self) -> float:
+        """Mean of the recall that guards measured, over tokens and layers; NaN where none did."""
+        return self._measured("recall")
+
+    def _measured(self, name: str) -> float:
+        guards = [layer.guard for layer in self.layers if layer.guard and layer.guard.tokens]
+        tokens = sum(guard.tokens for guard in guards)
+        return sum(getattr(g, name) * g.tokens for g in guards) / tokens if tokens else math.nan
+
     def __str__(self) -> str:
+        guarded = not math.isnan(self.cett)
         lines = [
             self.method,
             f"{'layer':>5}  {'neurons':>7}  {'density':>7}  {'tokens':>7}  {'dense':>7}  "
-            f"{'refreshes':>9}",
+            f"{'refreshes':>9}" + (f"  {'CETT':>6}  {'recall':>7}" if guarded else ""),
         ]
         for layer in self.layers:
-            lines.append(
+            line = (
                 f"{layer.index:>5}  {layer.f:>7}  {_percent(layer.density):>7}  "
                 f"{layer.tokens:>7}  {layer.dense_tokens:>7}  {layer.refreshes:>9}"
             )
-        lines.append(f"{'mean':>5}  {'':>7}  {_percent(self.density):>7}")
+            if guarded and layer.guard is not None:
+                line += f"  {layer.guard.cett:>6.3f}  {_percent(layer.guard.recall):>7}"
+            lines.append(line)
+        mean = f"{'mean':>5}  {'':>7}  {_percent(self.density):>7}"
+        if guarded:
+            mean += f"{'':>29}  {self.cett:>6.3f}  {_percent(self.recall):>7}"
+        lines.append(mean)
         return "\n".join(lines)
 
 

@@ -1,0 +1,226 @@
+"""Shadows of a whole model, and their side-car file, which is loaded by memory map.
+
+The file is a safetensors file: a uint8 tensor [f, record bytes] per layer, and a header padded with
+spaces to whole pages, so that every record lies on a 64-byte boundary of the mapped file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration.thresholds import fingerprint
+from ..errors import ArtifactError, ConfigurationError
+from ..patching.families import MlpWeights, find_mlps
+from .build import build_shadow, quantise
+from .pack import BITS, Shadow, record_bytes, unpack
+
+FORMAT_VERSION = 1
+FILE = "moyu_shadows.safetensors"
+_PAGE = 4096
+_SAMPLES = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Shadows:
+    """The shadows of a model's MLPs, layer by layer, and the fingerprint of its weights."""
+
+    layers: tuple[Shadow, ...]
+    fingerprint: str
+
+    @classmethod
+    def build(cls, model: nn.Module, bits: int | Sequence[tuple[int, int]] = 2) -> Shadows:
+        """Quantise all MLPs of a model (patched or not).
+
+        bits: 1..4, or (gate, up) for each layer. Raises ConfigurationError for other bits,
+        UnsupportedModelError for a model without MLPs of a known family.
+        """
+        sites = find_mlps(model)
+        pairs = [(bits, bits)] * len(sites) if isinstance(bits, int) else list(bits)
+        if len(pairs) != len(sites):
+            raise ConfigurationError(
+                f"bits has {len(pairs)} entries, the model has {len(sites)} MLPs; pass one "
+                "(gate, up) per layer, or one number"
+            )
+        with torch.no_grad():
+            layers = [build_shadow(site.weights(), *pairs[site.index]) for site in sites]
+        return cls(tuple(layers), fingerprint(model))
+
+    @property
+    def bits(self) -> tuple[tuple[int, int], ...]:
+        """(gate, up) of each layer; up's twice where the MLP is ungated."""
+        return tuple((s.bits_gate or s.bits_up, s.bits_up) for s in self.layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all shadows, in bytes."""
+        return sum(shadow.data.numel() for shadow in self.layers)
+
+    def check(self, layers: int, model_fingerprint: Callable[[], str]) -> None:
+        """Raise ConfigurationError or ArtifactError unless these are the shadows of this model."""
+        if len(self.layers) != layers:
+            raise ConfigurationError(
+                f"shadows have {len(self.layers)} layers, the model has {layers} MLPs; build them "
+                "from this model"
+            )
+        actual = model_fingerprint()
+        if actual != self.fingerprint:
+            raise ArtifactError(
+                f"shadows were built from other weights: their fingerprint is {self.fingerprint}, "
+                f"this model's is {actual}; build them from this model"
+            )
+
+    def layer(self, index: int, weights: MlpWeights) -> Shadow:
+        """The shadow of one layer, on the device of its weights.
+
+        A few rows are quantised anew and compared, since weights may have been loaded after
+        `check`. Raises ArtifactError where they differ.
+        """
+        shadow = self.layers[index]
+        same = (shadow.d, shadow.gated, len(shadow.data)) == (weights.d, weights.gated, weights.f)
+        if not same or not _alike(shadow, weights):
+            raise ArtifactError(
+                f"the shadow of layer {index} was built from other weights than the model's; build "
+                "it from this model"
+            )
+        data = shadow.data.to(weights.up.device)
+        return Shadow(data, shadow.d, shadow.bits_gate, shadow.bits_up)
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write the side-car file into `directory`, atomically."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors, offset = {}, 0
+        digests = []
+        for index, shadow in enumerate(self.layers):
+            end = offset + shadow.data.numel()
+            tensors[f"layers.{index}"] = {
+                "dtype": "U8",
+                "shape": list(shadow.data.shape),
+                "data_offsets": [offset, end],
+            }
+            offset = end
+            digests.append(hashlib.sha256(_bytes(shadow)).hexdigest())
+        about = {
+            "kind": "moyu shadows",
+            "format_version": FORMAT_VERSION,
+            "fingerprint": self.fingerprint,
+            "layers": [[s.d, s.bits_gate, s.bits_up] for s in self.layers],
+            "sha256": digests,
+        }
+        header = json.dumps({"__metadata__": {"moyu": json.dumps(about)}, **tensors}).encode()
+        header += b" " * (-(8 + len(header)) % _PAGE)
+        handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{FILE}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(len(header).to_bytes(8, "little"))
+                file.write(header)
+                for shadow in self.layers:
+                    file.write(_bytes(shadow))
+            os.chmod(temporary, 0o644)  # mkstemp makes it private
+            os.replace(temporary, folder / FILE)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def from_pretrained(
+        cls, directory: str | os.PathLike[str], *, verify: bool = True
+    ) -> Shadows:
+        """Map the side-car file of `directory` into memory.
+
+        verify: compare the checksums, which reads the file once. Raises ArtifactError where the
+        file is missing, truncated, corrupt, or of a format that this version does not read.
+        """
+        path = Path(directory) / FILE
+        about, start = _read_header(path)
+        shapes = [(d, gate, up) for d, gate, up in about["layers"]]
+        data = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+        layers = []
+        for index, (d, bits_gate, bits_up) in enumerate(shapes):
+            f, width = about["shapes"][index]
+            if width != record_bytes(d, bits_gate, bits_up):
+                raise _bad(path, f"layer {index} has records of {width} bytes")
+            if start + f * width > len(data):
+                raise _bad(path, "it is truncated")
+            layers.append(
+                Shadow(data[start : start + f * width].view(f, width), d, bits_gate, bits_up)
+            )
+            start += f * width
+            digest = about["sha256"][index]
+            if verify and hashlib.sha256(_bytes(layers[-1])).hexdigest() != digest:
+                raise _bad(path, f"the bytes of layer {index} do not match their checksum")
+        if start != len(data):
+            raise _bad(path, f"it has {len(data)} bytes, expected {start}")
+        return cls(tuple(layers), about["fingerprint"])
+
+
+def _bytes(shadow: Shadow) -> memoryview:
+    return memoryview(shadow.data.detach().cpu().contiguous().numpy()).cast("B")
+
+
+def _bad(path: Path, reason: str) -> ArtifactError:
+    return ArtifactError(f"{path} holds no shadows that can be used: {reason}; build them again")
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """What the file says of itself, and where its data begin."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            # The length may be any number where the file is something else.
+            text = file.read(min(length, path.stat().st_size))
+    except OSError as error:
+        raise ArtifactError(
+            f"cannot read {path} ({error.strerror}); expected a folder written by "
+            "Shadows.save_pretrained"
+        ) from error
+    try:
+        header = json.loads(text)
+        about = json.loads(header["__metadata__"]["moyu"])
+        if about["format_version"] != FORMAT_VERSION:
+            raise _bad(
+                path,
+                f"it has format version {about['format_version']}, this moyu_ext reads "
+                f"{FORMAT_VERSION}",
+            )
+        about["shapes"] = [header[f"layers.{i}"]["shape"] for i in range(len(about["layers"]))]
+        for d, bits_gate, bits_up in about["layers"]:
+            if d < 1 or bits_gate not in (0, *BITS) or bits_up not in BITS:
+                raise ValueError(f"bits {bits_gate}, {bits_up} at hidden size {d}")
+        if not len(about["layers"]) == len(about["sha256"]) > 0:
+            raise ValueError("layers and checksums differ in number")
+        str(about["fingerprint"])
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, ArtifactError):
+            raise
+        raise _bad(path, f"its header is truncated or not ours ({error})") from error
+    return about, 8 + length
+
+
+def _alike(shadow: Shadow, weights: MlpWeights) -> bool:
+    """Whether a few rows of the weights have the shadow's codes, but for rounding."""
+    f = weights.f
+    rows = torch.arange(min(f, _SAMPLES)) * f // min(f, _SAMPLES)
+    gate, up = unpack(Shadow(shadow.data[rows], shadow.d, shadow.bits_gate, shadow.bits_up))
+    for matrix, weight in ((gate, weights.gate), (up, weights.up)):
+        if matrix is not None and weight is not None:
+            fresh = quantise(weight.detach()[rows.to(weight.device)].cpu(), matrix.bits)
+            same = (fresh.codes == matrix.codes)[:, : shadow.d].float().mean()
+            # Another matrix agrees in half of its codes (1 bit) or fewer.
+            if same < 0.9 or not _close(fresh.scales, matrix.scales):
+                return False
+    return True
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return torch.allclose(a.float(), b.float(), rtol=0.05)

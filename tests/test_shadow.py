@@ -1,0 +1,354 @@
+"""Shadows: their bytes, against the format's text; their rounding; their files; the reference."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from moyu_ext.errors import ArtifactError, ConfigurationError, MoyuError
+from moyu_ext.patching.families import MlpWeights, find_mlps
+from moyu_ext.shadow.build import build_shadow, quantise
+from moyu_ext.shadow.pack import BLOCK, Codes, blocks_of, pack, record_bytes, unpack
+from moyu_ext.shadow.reference import choose, dequantise, round_input, shadow_mlp, shadow_scores
+from moyu_ext.shadow.store import FILE, Shadows
+
+DIMS = (1, 19, 64, 192, 256, 257, 700)
+PAIRS = [(g, u) for g in (0, 1, 2, 3, 4) for u in (1, 2, 3, 4)]
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def random_codes(f: int, d: int, bits: int, seed: int) -> Codes:
+    g = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 2**bits, (f, blocks_of(d) * BLOCK), generator=g, dtype=torch.uint8)
+    codes[:, d:] = 0
+    return Codes(codes, torch.rand(f, blocks_of(d), generator=g).bfloat16(), bits)
+
+
+def code_at(record: list[int], start: int, bits: int, element: int) -> int:
+    """One code by the words of the format, bit by bit."""
+    block, e = divmod(element, 256)
+    base = start + block * 32 * bits
+    if bits == 4:
+        h, t, p = e // 128, e // 64 % 2, e % 64
+        return record[base + 64 * h + p] >> (4 * t) & 15
+    low = top = 0
+    if bits in (2, 3):
+        low = record[base + e % 64] >> (2 * (e // 64)) & 3
+    if bits in (1, 3):
+        line = base + (64 if bits == 3 else 0)
+        t, h, p = e // 64, e % 64 // 32, e % 32
+        top = record[line + p] >> (t + 4 * h) & 1
+    return low | top << (bits - 1)
+
+
+def mlp(d: int, f: int, gated: bool, bias: bool, activation: str, seed: int = 0) -> MlpWeights:
+    return MlpWeights(
+        random(f, d, seed=seed) if gated else None,
+        random(f, d, seed=seed + 1),
+        random(f, d, seed=seed + 2),
+        random(f, seed=seed + 3) if gated and bias else None,
+        random(f, seed=seed + 4) if bias else None,
+        random(d, seed=seed + 5) if bias else None,
+        activation,
+    )
+
+
+@pytest.mark.parametrize("d", DIMS)
+@pytest.mark.parametrize(("bits_gate", "bits_up"), PAIRS)
+def test_bytes_follow_the_format(d: int, bits_gate: int, bits_up: int) -> None:
+    f = 3
+    matrices = [random_codes(f, d, bits, 7 * bits) for bits in (bits_gate, bits_up) if bits]
+    shadow = pack(matrices[0] if bits_gate else None, matrices[-1], d)
+    assert shadow.data.shape == (f, record_bytes(d, bits_gate, bits_up))
+    assert shadow.data.shape[1] % 64 == 0 and shadow.data.is_contiguous()
+    blocks = blocks_of(d)
+    for row in range(f):
+        record = shadow.data[row].tolist()
+        start = 0
+        for m in matrices:
+            got = [code_at(record, start, m.bits, e) for e in range(blocks * 256)]
+            assert got == m.codes[row].tolist()
+            start += blocks * 32 * m.bits
+        for m in matrices:
+            scales = bytes(record[start : start + 2 * blocks])
+            assert scales == m.scales[row].contiguous().view(torch.uint8).numpy().tobytes()
+            start += 2 * blocks
+        assert not any(record[start:])
+        assert len(record) - start < 64
+
+
+@pytest.mark.parametrize("d", DIMS)
+@pytest.mark.parametrize(("bits_gate", "bits_up"), PAIRS)
+def test_unpack_inverts_pack(d: int, bits_gate: int, bits_up: int) -> None:
+    gate = random_codes(5, d, bits_gate, 1) if bits_gate else None
+    up = random_codes(5, d, bits_up, 2)
+    back = unpack(pack(gate, up, d))
+    for before, after in zip((gate, up), back, strict=True):
+        assert (before is None) == (after is None)
+        if before is not None and after is not None:
+            assert torch.equal(before.codes, after.codes)
+            assert torch.equal(before.scales, after.scales)
+            assert before.bits == after.bits
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("d", DIMS)
+def test_rounding_is_nearest_and_scale_is_best(bits: int, d: int) -> None:
+    w = random(6, d, seed=bits)
+    m = quantise(w, bits)
+    assert m.codes.max() < 2**bits
+    assert not m.codes[:, d:].any()
+    error = (dequantise(m)[:, :d] - w).abs()
+    step = m.scales.float().repeat_interleave(BLOCK, 1)[:, :d]
+    inside = w.abs() <= step * (2**bits) / 2
+    if bits > 1:
+        assert (error[inside] <= step[inside] * 0.5001).all()
+    # No other scale of the same codes does better by more than bfloat16's rounding.
+    level = m.codes[:, :d].float() - (2**bits - 1) / 2
+    for b in range(blocks_of(d)):
+        part = slice(b * BLOCK, min((b + 1) * BLOCK, d))
+        best = (w[:, part] * level[:, part]).sum(1) / level[:, part].square().sum(1)
+        torch.testing.assert_close(m.scales[:, b].float(), best, rtol=0.06, atol=0)
+
+
+@pytest.mark.parametrize(("bits", "limit"), [(1, 0.604), (2, 0.346), (3, 0.196), (4, 0.110)])
+def test_error_on_normal_weights_is_that_of_the_best_uniform_levels(
+    bits: int, limit: float
+) -> None:
+    # Max 1960, table II: 0.603, 0.3445, 0.1935, 0.1074 for 2, 4, 8, 16 equally spaced levels.
+    w = random(256, 1024)
+    error = (dequantise(quantise(w, bits)) - w).norm() / w.norm()
+    assert error < limit
+
+
+def test_zero_rows_and_outliers() -> None:
+    w = random(4, 300)
+    w[0] = 0
+    w[1, 5] = 1e4
+    w[2, 7] = float("inf")
+    for bits in (1, 2, 3, 4):
+        m = quantise(w, bits)
+        back = dequantise(m)[:, :300]
+        assert back.isfinite().all()
+        assert not back[0].any()
+        # The second block does not know of the outlier in the first.
+        assert (back[1, 256:] - w[1, 256:]).norm() < w[1, 256:].norm()
+
+
+def test_half_precision_weights_give_the_same_shadow() -> None:
+    w = random(8, 256).bfloat16()
+    a, b = quantise(w, 2), quantise(w.float(), 2)
+    assert torch.equal(a.codes, b.codes) and torch.equal(a.scales, b.scales)
+
+
+@pytest.mark.parametrize("bits", [0, 5, -1, 2.0, True, "2", None])
+def test_bits_outside_are_refused(bits: object) -> None:
+    with pytest.raises(ConfigurationError, match="1, 2, 3 or 4"):
+        quantise(random(2, 8), bits)  # type: ignore[arg-type]
+
+
+def test_input_is_rounded_half_to_even_in_127_steps() -> None:
+    x = random(3, 300)
+    x[1, 256:] = 0
+    x[2, 0] = 127.0
+    x[2, 1], x[2, 2] = 0.5, 1.5
+    got = round_input(x)
+    step = x[:, :256].abs().amax(1, keepdim=True) / 127
+    assert ((got[:, :256] - x[:, :256]).abs() <= step * 0.5001).all()
+    assert not got[1, 256:].any()
+    assert got[2, :3].tolist() == [127.0, 0.0, 2.0]
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu", "relu2"])
+@pytest.mark.parametrize(("bits_gate", "bits_up"), [(2, 2), (4, 1), (3, 3), (0, 2), (0, 3)])
+def test_scores_equal_the_formula_in_integers(
+    activation: str, bits_gate: int, bits_up: int
+) -> None:
+    d, f, rows = 300, 37, 3
+    w = mlp(d, f, bits_gate > 0, True, activation)
+    shadow = build_shadow(w, bits_gate or 1, bits_up)
+    x = random(rows, d, seed=9)
+    got = shadow_scores(
+        x, shadow.data, w.column_norms(), w.gate_bias, w.up_bias, w.gated, bits_gate, bits_up,
+        activation,
+    )
+
+    def product(matrix: Codes, bias: Tensor | None) -> Tensor:
+        total = torch.zeros(rows, f, dtype=torch.float64)
+        for b in range(blocks_of(d)):
+            part = slice(b * BLOCK, min((b + 1) * BLOCK, d))
+            s = x[:, part].abs().amax(1, keepdim=True) / 127
+            q = (x[:, part] / s).round().long()
+            code = matrix.codes[:, part].long()
+            dot = q @ code.t() - (2**matrix.bits - 1) / 2 * q.sum(1, keepdim=True)
+            total += s.double() * matrix.scales[:, b].double() * dot.double()
+        return total if bias is None else total + bias.double()
+
+    act = {
+        "silu": torch.nn.functional.silu,
+        "gelu": torch.nn.functional.gelu,
+        "gelu_tanh": lambda t: torch.nn.functional.gelu(t, approximate="tanh"),
+        "relu": torch.relu,
+        "relu2": lambda t: torch.relu(t) ** 2,
+    }[activation]
+    gate, up = unpack(shadow)
+    u = product(up, w.up_bias)
+    a = act(u) if gate is None else act(product(gate, w.gate_bias)) * u
+    want = a.abs() * w.down_t.double().norm(dim=1)
+    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
+
+
+def test_not_a_number_reaches_the_output() -> None:
+    w = mlp(64, 16, True, False, "silu")
+    shadow = build_shadow(w, 2, 2)
+    x = random(2, 64)
+    x[1, 3] = float("nan")
+    args = (x, w.gate, w.up, w.down_t, None, None, None, shadow.data, w.column_norms())
+    out, counts = shadow_mlp(*args, torch.tensor([1e9]), 0, 2, 2, "silu")
+    assert counts.tolist() == [0, 16]
+    assert not out[0].any() and out[1].isnan().all()
+
+
+def test_choice_by_threshold_and_by_rank() -> None:
+    scores = torch.tensor([[3.0, 1.0, 3.0, 2.0, 3.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
+    assert choose(scores, torch.tensor([2.0]), 0).tolist() == [
+        [True, False, True, True, True],
+        [False] * 5,
+    ]
+    # Ties go to the lower index.
+    assert choose(scores, None, 2).nonzero().tolist() == [[0, 0], [0, 2], [1, 0], [1, 1]]
+
+
+def test_mlp_is_the_exact_mlp_of_the_chosen() -> None:
+    w = mlp(64, 40, True, True, "gelu")
+    shadow = build_shadow(w, 2, 2)
+    x = random(3, 64, seed=5)
+    norms = w.column_norms()
+    biases = (w.gate_bias, w.up_bias)
+    scores = shadow_scores(x, shadow.data, norms, *biases, True, 2, 2, "gelu")
+    args = (x, w.gate, w.up, w.down_t, *biases, w.down_bias, shadow.data, norms)
+    out, counts = shadow_mlp(*args, None, 7, 2, 2, "gelu")
+    assert counts.tolist() == [7, 7, 7]
+    assert w.gate is not None and w.down_bias is not None
+    for r in range(3):
+        top = scores[r].topk(7).indices
+        a = torch.nn.functional.gelu(x[r] @ w.gate[top].t() + w.gate_bias[top])
+        a = a * (x[r] @ w.up[top].t() + w.up_bias[top])
+        torch.testing.assert_close(out[r], a @ w.down_t[top] + w.down_bias, rtol=1e-4, atol=1e-3)
+    out, counts = shadow_mlp(*args, scores[0].median().view(1), 0, 2, 2, "gelu")
+    assert counts[0] == 21  # of 40, the median is the lower middle
+
+
+# --- files ---
+
+
+@pytest.fixture
+def saved(tiny: Callable[..., torch.nn.Module], tmp_path: Path) -> tuple[Shadows, Path]:
+    shadows = Shadows.build(tiny("llama"), 2)
+    shadows.save_pretrained(tmp_path)
+    return shadows, tmp_path
+
+
+def test_saved_shadows_come_back_by_memory_map(saved: tuple[Shadows, Path]) -> None:
+    shadows, folder = saved
+    back = Shadows.from_pretrained(folder)
+    assert back.bits == shadows.bits == ((2, 2),) * 3
+    assert back.nbytes == shadows.nbytes
+    assert back.fingerprint == shadows.fingerprint
+    for a, b in zip(shadows.layers, back.layers, strict=True):
+        assert torch.equal(a.data, b.data) and a.d == b.d
+        assert b.data.data_ptr() % 64 == 0
+    first = back.layers[0].data.untyped_storage().data_ptr()
+    assert all(s.data.untyped_storage().data_ptr() == first for s in back.layers)  # one map
+    assert os.listdir(folder) == [FILE]
+
+
+def test_file_is_safetensors(saved: tuple[Shadows, Path]) -> None:
+    from safetensors.torch import load_file
+
+    shadows, folder = saved
+    tensors = load_file(folder / FILE)
+    assert sorted(tensors) == ["layers.0", "layers.1", "layers.2"]
+    assert torch.equal(tensors["layers.1"], shadows.layers[1].data)
+
+
+def test_ungated_and_mixed_shadows_can_be_saved(
+    tiny: Callable[..., torch.nn.Module], tmp_path: Path
+) -> None:
+    opt = Shadows.build(tiny("opt"), 3)
+    assert opt.bits == ((3, 3),) * 3 and not opt.layers[0].gated
+    mixed = Shadows.build(tiny("llama"), [(2, 1), (4, 4), (1, 3)])
+    for name, shadows in (("opt", opt), ("mixed", mixed)):
+        shadows.save_pretrained(tmp_path / name)
+        back = Shadows.from_pretrained(tmp_path / name)
+        assert back.bits == shadows.bits
+        assert all(torch.equal(a.data, b.data) for a, b in zip(shadows.layers, back.layers))
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "short", "flip", "header", "version", "long"])
+def test_damaged_files_are_refused(saved: tuple[Shadows, Path], damage: str) -> None:
+    path = saved[1] / FILE
+    content = bytearray(path.read_bytes())
+    if damage == "missing":
+        path.unlink()
+    else:
+        if damage == "cut":
+            content = content[:-64]
+        elif damage == "short":
+            content = content[:100]
+        elif damage == "flip":
+            content[-1000] ^= 4
+        elif damage == "header":
+            content[8:40] = b"x" * 32
+        elif damage == "version":
+            content = content.replace(b'format_version\\": 1', b'format_version\\": 7')
+        elif damage == "long":
+            content += b"\0" * 64
+        path.write_bytes(content)
+    with pytest.raises(ArtifactError, match=FILE) as caught:
+        Shadows.from_pretrained(saved[1])
+    assert isinstance(caught.value, MoyuError)
+
+
+def test_header_that_lies_about_shapes_is_refused(saved: tuple[Shadows, Path]) -> None:
+    path = saved[1] / FILE
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["layers.0"]["shape"][1] += 64
+    text = json.dumps(header).encode()
+    text += b" " * (length - len(text))
+    path.write_bytes(content[:8] + text + content[8 + length :])
+    with pytest.raises(ArtifactError, match="records of"):
+        Shadows.from_pretrained(saved[1])
+
+
+def test_shadows_of_other_weights_are_refused(tiny: Callable[..., torch.nn.Module]) -> None:
+    a, b = tiny("llama", seed=0), tiny("llama", seed=1)
+    shadows = Shadows.build(a, 2)
+    with pytest.raises(ArtifactError, match="fingerprint"):
+        shadows.check(3, lambda: Shadows.build(b, 2).fingerprint)
+    with pytest.raises(ConfigurationError, match="3 layers"):
+        shadows.check(4, lambda: shadows.fingerprint)
+    site = find_mlps(b)[1]
+    for bits in (1, 2, 4):
+        with pytest.raises(ArtifactError, match="layer 1"):
+            Shadows.build(a, bits).layer(1, site.weights())
+    assert torch.equal(shadows.layer(1, find_mlps(a)[1].weights()).data, shadows.layers[1].data)
+    # Bits per layer must name every layer.
+    with pytest.raises(ConfigurationError, match="2 entries"):
+        Shadows.build(a, [(2, 2), (2, 2)])
+
+
+def test_building_leaves_no_graph(tiny: Callable[..., torch.nn.Module]) -> None:
+    model = tiny("llama")
+    shadows = Shadows.build(model, 2)
+    assert not any(s.data.requires_grad for s in shadows.layers)
+    assert all(p.grad is None for p in model.parameters())
