@@ -273,6 +273,25 @@ def test_interleaved_generations(name: str, tiny: Make, prompt: Prompt) -> None:
         check(dense, c.rule, texts[i][0], torch.cat(steps[i]), length)
 
 
+@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("name", METHODS)
+@torch.no_grad()
+def test_several_tokens_of_several_sequences(
+    name: str, family: str, tiny: Make, prompt: Prompt
+) -> None:
+    """In decode, three tokens each of two sequences: each row obeys its own sequence's set."""
+    dense, model = tiny(family), tiny(family)
+    c = case(name, dense)
+    patch(model, c.method)
+    ids, cache = prompt(16, batch=2), DynamicCache()
+    pieces = [ids[:, :12], ids[:, 12:13], ids[:, 13:]]
+    got = torch.cat([model(piece, past_key_values=cache).logits for piece in pieces], 1)
+    for row in (0, 1):
+        want = oracle.logits(dense, ids[row], c.rule, *oracle.roles(c.rule, 16, 12))
+        torch.testing.assert_close(got[row], want, rtol=TOLERANCE, atol=TOLERANCE)
+    assert report(model).layers[0].tokens == 8
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_without_cache_is_dense_and_counted(name: str, tiny: Make, prompt: Prompt) -> None:
     dense, model, ids = tiny(), tiny(), prompt(12)
@@ -367,6 +386,11 @@ def test_more_rows_than_the_operator_takes(tiny: Make, prompt: Prompt) -> None:
         layer = report(model).layers[0]
         assert layer.tokens == 0 and layer.dense_tokens == 9 * 12 + 9 * 9
         unpatch(model)
+    # Also while one row, with three tokens, is undecided.
+    ids, mask = left_padded([12] * 8 + [3], prompt)
+    want = run(dense, ids, attention_mask=mask)
+    out = run(patch(model, SRIDA(0.1)), ids, attention_mask=mask)
+    assert torch.equal(out.sequences, want.sequences)
 
 
 def test_only_some_layers(tiny: Make, prompt: Prompt) -> None:

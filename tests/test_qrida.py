@@ -1,4 +1,4 @@
-"""QRIDA against a plain PyTorch oracle: an unpatched model whose neurons are masked by the estimate."""
+"""QRIDA against an oracle: an unpatched model whose neurons are masked by the estimate."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-import moyu_ext
-from moyu_ext import QRIDA, SRIDA, Shadows, Thresholds
 from moyu_ext.errors import ArtifactError, ConfigurationError, PatchStateError
 from moyu_ext.methods import METHODS
 from moyu_ext.patching.families import find_mlps
 from moyu_ext.shadow.build import build_shadow
 from moyu_ext.shadow.reference import shadow_scores
+from torch import Tensor, nn
+
+import moyu_ext
+from moyu_ext import QRIDA, SRIDA, Shadows, Thresholds
 
 Make = Callable[..., Any]
 Keep = Callable[[Tensor, int], Tensor]
@@ -323,7 +323,7 @@ def test_calibration_meets_the_true_cett(
         act = {"silu": F.silu, "relu": F.relu}[w.activation]
         a = act(a) if w.gate is None else a * act(F.linear(x, w.gate, w.gate_bias))
         dropped = torch.where(scores < epsilon[site.index], a, torch.zeros(())) @ w.down_t
-        ratios.append(float((dropped.norm(dim=1) / (a @ w.down_t).norm(dim=1)).mean()))
+        ratios.append((dropped.norm(dim=1) / (a @ w.down_t).norm(dim=1)).mean().item())
     assert ratios == pytest.approx([0.2] * 3, abs=2e-3)
     assert [layer.cett for layer in thresholds.layers] == pytest.approx(ratios, abs=1e-4)
     assert all(0 < layer.density < 1 for layer in thresholds.layers)

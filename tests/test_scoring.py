@@ -37,6 +37,8 @@ def test_scoring_is_generation_in_one_forward(
     patch(model, method)
     with scoring(model, CONTEXT):
         got = model(ids).logits[0]
+    sets = int(name in ("stda", "srida"))
+    assert report(model).layers[0].refreshes == sets
     want = oracle.logits(dense, ids[0], rule, *oracle.roles(rule, TOTAL, CONTEXT))
     torch.testing.assert_close(got, want, rtol=2e-4, atol=2e-4)
     cache = DynamicCache()
@@ -46,6 +48,7 @@ def test_scoring_is_generation_in_one_forward(
     torch.testing.assert_close(got, torch.cat(steps), rtol=2e-4, atol=2e-4)
     layer = report(model).layers[0]
     assert layer.tokens == 2 * (TOTAL - CONTEXT) and layer.dense_tokens == 2 * CONTEXT
+    assert layer.refreshes == 2 * sets
 
 
 @BOTH

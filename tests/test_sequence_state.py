@@ -162,18 +162,16 @@ def test_crop_below_min_prompt_stays_a_prompt() -> None:
 
 
 def test_a_cache_shortened_without_crop_is_noticed() -> None:
-    a = activations(1, 40)
+    a, b = activations(1, 40), activations(1, 5, seed=9)
     state = new_state()
     feed(state, a, 0)
-    feed(state, activations(1, 20, seed=9), 30)
-    torch.testing.assert_close(
-        state.layers[0].total()[0],
-        a[0, :30].square().sum(0) + activations(1, 20, seed=9)[0].square().sum(0),
-    )
+    feed(state, b, 30)  # short, and still a prompt: nothing says that it has ended
+    want = a[0, :30].square().sum(0) + b[0].square().sum(0)
+    torch.testing.assert_close(state.layers[0].total()[0], want)
 
 
 def test_a_later_prompt_adds() -> None:
-    a, b = activations(1, 12), activations(1, 15, seed=1)
+    a, b = activations(1, 12), activations(1, SHORT + 1, seed=1)
     state = new_state()
     feed(state, a, 0)
     assert state.decodes(1) and not state.decodes(2)

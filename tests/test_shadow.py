@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
-
-from moyu_ext.errors import ArtifactError, ConfigurationError, MoyuError
+from moyu_ext.errors import ArtifactError, ConfigurationError, MoyuError, PatchStateError
 from moyu_ext.patching.families import MlpWeights, find_mlps
 from moyu_ext.shadow.build import build_shadow, quantise
+from moyu_ext.shadow.feedback import damped_moment, quantise_for
 from moyu_ext.shadow.pack import BLOCK, Codes, blocks_of, pack, record_bytes, unpack
 from moyu_ext.shadow.reference import choose, dequantise, round_input, shadow_mlp, shadow_scores
 from moyu_ext.shadow.store import FILE, Shadows
+from torch import Tensor
+
+import moyu_ext
 
 DIMS = (1, 19, 64, 192, 256, 257, 700)
 PAIRS = [(g, u) for g in (0, 1, 2, 3, 4) for u in (1, 2, 3, 4)]
@@ -176,7 +178,14 @@ def test_scores_equal_the_formula_in_integers(
     shadow = build_shadow(w, bits_gate or 1, bits_up)
     x = random(rows, d, seed=9)
     got = shadow_scores(
-        x, shadow.data, w.column_norms(), w.gate_bias, w.up_bias, w.gated, bits_gate, bits_up,
+        x,
+        shadow.data,
+        w.column_norms(),
+        w.gate_bias,
+        w.up_bias,
+        w.gated,
+        bits_gate,
+        bits_up,
         activation,
     )
 
@@ -246,6 +255,65 @@ def test_mlp_is_the_exact_mlp_of_the_chosen() -> None:
     assert counts[0] == 21  # of 40, the median is the lower middle
 
 
+# --- rounding that knows the inputs ---
+
+
+def structured(tokens: int, d: int, seed: int) -> Tensor:
+    """Inputs that fill a few directions of the space, around a mean."""
+    basis = random(max(2, d // 8), d, seed=99)
+    return random(tokens, len(basis), seed=seed) @ basis + 2 * random(d, seed=98) + 0.1
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("d", [19, 200, 300])
+def test_fitted_rounding_loses_less_on_inputs_of_the_kind(bits: int, d: int) -> None:
+    w = random(50, d)
+    x, new = structured(400, d, 1), structured(400, d, 2)
+    plain = dequantise(quantise(w, bits))[:, :d]
+    fitted_codes = quantise_for(w, bits, damped_moment(x))
+    assert fitted_codes.codes.max() < 2**bits and not fitted_codes.codes[:, d:].any()
+    fitted = dequantise(fitted_codes)[:, :d]
+    exact = new @ w.t()
+    error = (new @ fitted.t() - exact).norm() / exact.norm()
+    assert error < 0.6 * (new @ plain.t() - exact).norm() / exact.norm()
+
+
+def test_fitted_rounding_without_structure_is_plain_rounding() -> None:
+    w = random(50, 300)
+    plain, fitted = quantise(w, 2), quantise_for(w, 2, torch.eye(300))
+    errors = [(dequantise(m)[:, :300] - w).norm() for m in (plain, fitted)]
+    assert errors[0] <= errors[1] < 1.05 * errors[0]
+
+
+def test_fitted_rounding_of_odd_inputs_stays_finite() -> None:
+    w = random(8, 40)
+    w[3] = 0
+    for x in (torch.zeros(5, 40), torch.full((5, 40), torch.nan), random(1, 40)):
+        matrix = quantise_for(w, 2, damped_moment(x))
+        assert dequantise(matrix).isfinite().all()
+
+
+def test_shadows_fitted_to_text(tiny: Callable[..., torch.nn.Module]) -> None:
+    class Letters:
+        def encode(self, text: str) -> list[int]:
+            return [3 + ord(c) % 98 for c in text]
+
+    for family in ("llama", "opt"):
+        model = tiny(family)
+        before = {name: p.clone() for name, p in model.named_parameters()}
+        plain = Shadows.build(model, 2)
+        texts = ["once upon a time there was a neuron that did not fire"] * 4
+        fitted = Shadows.build(model, 2, Letters(), texts)
+        assert fitted.bits == plain.bits and fitted.fingerprint == plain.fingerprint
+        for a, b in zip(plain.layers, fitted.layers, strict=True):
+            assert a.data.shape == b.data.shape and not torch.equal(a.data, b.data)
+        for site in find_mlps(model):
+            fitted.layer(site.index, site.weights())  # the shadow of these weights
+        assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+        with pytest.raises(PatchStateError):
+            Shadows.build(moyu_ext.patch(model), 2, Letters(), texts)
+
+
 # --- files ---
 
 
@@ -289,7 +357,8 @@ def test_ungated_and_mixed_shadows_can_be_saved(
         shadows.save_pretrained(tmp_path / name)
         back = Shadows.from_pretrained(tmp_path / name)
         assert back.bits == shadows.bits
-        assert all(torch.equal(a.data, b.data) for a, b in zip(shadows.layers, back.layers))
+        for a, b in zip(shadows.layers, back.layers, strict=True):
+            assert torch.equal(a.data, b.data)
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "short", "flip", "header", "version", "long"])

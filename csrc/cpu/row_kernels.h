@@ -69,7 +69,7 @@ MOYU_INLINE void dot(const T* w, const InputOf<T>* x, int64_t rows, int64_t d, c
 }
 
 // Neurons summed in one pass over the accumulators, to spare their loads and stores.
-constexpr int kGroup = 4;
+constexpr int kGroup = 8;
 
 // acc += sum over n < N of scale[n] * w[n]; with kFetch the same lines of ahead[n] are fetched.
 template <int N, bool kFetch, class T>
@@ -82,7 +82,7 @@ MOYU_INLINE void axpy_rows(const T* const* w, const float* scale, int64_t d,
 #pragma GCC unroll 16
     for (int64_t i = j; i < j + kLine<T>; i += kLanes) {
       Vec v = load(acc + i);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int n = 0; n < N; ++n) v = fma(s[n], load(w[n] + i), v);
       store(acc + i, v);
     }

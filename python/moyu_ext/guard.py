@@ -79,8 +79,10 @@ class LayerGuard:
         act = ACTIVATIONS[weights.activation]
         with torch.no_grad():
             a = F.linear(x, weights.up, weights.up_bias)
-            a = act(a) if weights.gate is None else a * act(
-                F.linear(x, weights.gate, weights.gate_bias)
+            a = (
+                act(a)
+                if weights.gate is None
+                else a * act(F.linear(x, weights.gate, weights.gate_bias))
             )
             both = torch.cat([a.masked_fill(active, 0.0), a])  # one pass over W_down for the two
             dropped, total = torch.linalg.vector_norm((both @ weights.down_t).float(), dim=-1)

@@ -96,6 +96,7 @@ class LossCurve:
         return cls(last / high**power, power)
 
     def __call__(self, cett: float) -> float:
+        """Nats at this CETT."""
         return self.alpha * cett**self.power
 
 
@@ -122,7 +123,7 @@ def allocate(
     for _, index, _, nats, level in sorted(steps, key=lambda step: step[:3]):
         if index in ended:
             continue
-        if nats > left:
+        if nats > left + _FLOOR**2:  # rounding of the sums before
             ended.add(index)
             continue
         left -= nats

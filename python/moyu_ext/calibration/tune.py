@@ -27,7 +27,16 @@ from ..shadow.pack import record_bytes
 from .cett import LayerTokens
 from .curves import Level, LossCurve, allocate, levels
 from .forward import answer_mlps
-from .text import Batch, check_ids, device, encode_texts, longest_window, read_texts, windows, write_own
+from .text import (
+    Batch,
+    check_ids,
+    device,
+    encode_texts,
+    longest_window,
+    read_texts,
+    windows,
+    write_own,
+)
 from .thresholds import LayerThreshold, Thresholds, fingerprint
 
 FILE = "moyu_tune.json"

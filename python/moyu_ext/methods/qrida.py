@@ -39,17 +39,17 @@ BITS = 2
 class QRIDA(Method):
     """Per token, the neurons whose norm a low-bit shadow of W_gate and W_up estimates as large.
 
-    n^_i = |act(g^_i) u^_i| c_i with g^, u^ from b-bit weights and an 8-bit input; neuron i is active
-    where n^_i is among the round(density * f) largest, or with `thresholds` where n^_i >= epsilon.
-    Only the active neurons are then computed, exactly. It needs no training, no prompt and no
-    state, and takes any activation and ungated MLPs (where n^_i = |act(u^_i)| c_i).
+    n^_i = |act(g^_i) u^_i| c_i with g^, u^ from b-bit weights and an 8-bit input; neuron i is
+    active where n^_i is among the round(density * f) largest, or with `thresholds` where n^_i >=
+    epsilon. Only the active neurons are then computed, exactly. It needs no training, no prompt and
+    no state, and takes any activation and ungated MLPs (where n^_i = |act(u^_i)| c_i).
 
     density: a number in (0, 1], or one per layer; 0.33 where neither it nor thresholds is given. A
         layer with density 1 (or epsilon 0) runs without a shadow.
     bits: 1..4 for both matrices, or a pair (gate, up), or a list with one of these per layer. By
         default those of the thresholds or shadows, else 2.
-    thresholds: from `calibrate(..., method=QRIDA(bits=...))`, in units of the estimated neuron norm,
-        or one number, or one per layer. May also be passed in the place of density.
+    thresholds: from `calibrate(..., method=QRIDA(bits=...))` or `tune`, in units of the estimated
+        neuron norm, or one number, or one per layer. May also be passed in the place of density.
     prefill: multi-token forwards obey the rule too.
     guard: "watch" measures the true CETT and recall on one token in `guard_every`, see
         `moyu_ext.guard`; "hold" also moves epsilon so that CETT stays where calibration put it;
@@ -94,8 +94,8 @@ class QRIDA(Method):
         check_count("guard_every", self.guard_every)
         if self.guard == "hold" and not getattr(self.thresholds, "layers", None):
             raise ConfigurationError(
-                'guard="hold" moves epsilon towards the CETT of the calibration, but the method has '
-                "no calibrated thresholds; pass thresholds=calibrate(model, tokenizer, texts, "
+                'guard="hold" moves epsilon towards the CETT of the calibration, but the method '
+                "has no calibrated thresholds; pass thresholds=calibrate(model, tokenizer, texts, "
                 'method=QRIDA(...)), or use guard="watch"'
             )
 
@@ -139,19 +139,21 @@ class QRIDA(Method):
 
     @property
     def plan(self) -> str:
+        """See `Method`."""
         return "given"
 
     def validate(self, layers: int, fingerprint: Callable[[], str]) -> None:
+        """See `Method`."""
         if self.thresholds is not None:
             check_thresholds(self.thresholds, "shadow", layers, fingerprint)
         per_layer = {"density": self.density, "bits": self.bits}
         for name, value in per_layer.items():
-            if isinstance(value, list) or (name == "density" and isinstance(value, Sequence)):
-                if len(value) != layers:
-                    raise ConfigurationError(
-                        f"{name} has {len(value)} entries, the model has {layers} MLPs; pass one "
-                        "per layer (also when only some layers are patched), or one for all"
-                    )
+            many = isinstance(value, list if name == "bits" else Sequence)
+            if many and len(value) != layers:
+                raise ConfigurationError(
+                    f"{name} has {len(value)} entries, the model has {layers} MLPs; pass one "
+                    "per layer (also when only some layers are patched), or one for all"
+                )
         if self.shadows is not None:
             self.shadows.check(layers, fingerprint)
 
@@ -160,7 +162,9 @@ class QRIDA(Method):
         return _Router(self._shadow(index, weights), weights).scores
 
     def bind(self, index: int, weights: MlpWeights) -> TokenRule:
+        """See `Method`."""
         device = weights.up.device
+        _check_device(device)
         epsilon, k, target = None, 0, None
         if self.thresholds is None:
             many = isinstance(self.density, Sequence)
@@ -175,7 +179,7 @@ class QRIDA(Method):
         if self.guard != "off":
             guard = LayerGuard(self.guard_every, weights.f, device, epsilon, target)
         router = _Router(self._shadow(index, weights), weights)
-        return ShadowRule(router, epsilon, k, guard)
+        return _ShadowRule(router, epsilon, k, guard)
 
     def _shadow(self, index: int, weights: MlpWeights) -> Shadow:
         if self.shadows is not None:
@@ -207,8 +211,8 @@ class _Router:
         )
 
 
-class ShadowRule(TokenRule):
-    """The rule of one layer: estimate, choose by epsilon or as the top k, compute what is chosen."""
+class _ShadowRule(TokenRule):
+    """Estimate, choose by epsilon or as the top k, compute what is chosen."""
 
     def __init__(
         self, router: _Router, epsilon: Tensor | None, k: int, guard: LayerGuard | None
@@ -259,6 +263,15 @@ class ShadowRule(TokenRule):
 
     def active(self, x: Tensor, gate: Tensor, product: Tensor) -> Tensor:
         return choose(self.router.scores(x), self.epsilon, self.k)
+
+
+def _check_device(device: torch.device) -> None:
+    key = "CUDA" if device.type == "cuda" else "CPU"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("moyu_ext::shadow_mlp", key):
+        raise ConfigurationError(
+            f"QRIDA has no operator for {device} in this build; move the model to the CPU, or patch "
+            "with TDA or SRIDA"
+        )
 
 
 def _pair(bits: Any) -> tuple[Any, Any]:

@@ -260,7 +260,10 @@ class ScoringHooks:
         learn = ~govern & real
         state = self.sequences.new_state(batch)
         state.tokens = learn.sum(1)
-        govern = govern & real & (state.tokens >= state.min_prompt).unsqueeze(1)
+        enough = state.tokens >= state.min_prompt
+        for layer in self.sequences.layers:
+            layer.refreshes += int(enough.sum())
+        govern = govern & real & enough.unsqueeze(1)
         self.context.current = Pass(
             batch, length, state, learns=True, learn=learn, govern=govern, choose=True
         )

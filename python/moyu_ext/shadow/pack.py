@@ -1,4 +1,4 @@
-"""The bytes of a shadow: one record per neuron, its codes in the order in which kernels unpack them.
+"""The bytes of a shadow: a record per neuron, its codes in the order in which kernels unpack them.
 
 A row of W is cut into blocks of 256 elements (the last one padded with zeros). An element of b bits
 is a code c in [0, 2^b) that stands for scale * (c - (2^b - 1) / 2), with one bfloat16 scale per
@@ -52,6 +52,7 @@ class Shadow:
 
     @property
     def gated(self) -> bool:
+        """Whether it has a gate's part."""
         return self.bits_gate > 0
 
 

@@ -73,7 +73,7 @@ def shadow_scores(
 
 
 def choose(scores: Tensor, epsilon: Tensor | None, k: int) -> Tensor:
-    """Active neurons, bool [rows, f]: not below epsilon [1], or the k largest (ties: lower index)."""
+    """Active, bool [rows, f]: not below epsilon [1], or the k largest (ties: lower index)."""
     if epsilon is not None:
         return torch.logical_not(scores < epsilon)
     order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
@@ -96,13 +96,13 @@ def shadow_mlp(
     bits_up: int,
     activation: str,
 ) -> tuple[Tensor, Tensor]:
-    """The exact MLP over the neurons that the shadow chooses: out [rows, d], counts int32 [rows]."""
+    """The exact MLP over what the shadow chooses: out [rows, d], active neurons int32 [rows]."""
     gated = gate is not None
     scores = shadow_scores(
         x, shadow, norms, gate_bias, up_bias, gated, bits_gate, bits_up, activation
     )
     active = choose(scores, epsilon, k)
-    out = masked_mlp(
-        x, gate, up, down_t, gate_bias, up_bias, down_bias, active, activation
-    ).to(x.dtype)
+    out = masked_mlp(x, gate, up, down_t, gate_bias, up_bias, down_bias, active, activation).to(
+        x.dtype
+    )
     return out, active.sum(-1, dtype=torch.int32)

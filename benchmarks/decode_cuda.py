@@ -1,0 +1,215 @@
+"""Whole-model generation on a GPU: Hugging Face dense beside a patched model, in one run.
+
+Both models hold the same random weights, both run in the same mode: `static` is a static cache,
+with the decode step compiled by generate() into CUDA graphs; `dynamic` is eager. Runs alternate.
+Before a row is written, the patched model's logits are compared with those of the same rule in
+plain PyTorch (moyu_ext.scoring).
+
+    python benchmarks/decode_cuda.py --method stda --density 0.3288 --csv benchmarks/results/x.csv
+
+With --profile it runs a few decode steps for a profiler instead: only these are recorded
+(cudaProfilerStart/Stop), and every patched MLP is a range "method, layer".
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from moyu_ext.benchmarking import check_csv, geometry, method_at, write_csv
+from moyu_ext.benchmarking.random_model import random_model, weight_bytes
+from moyu_ext.benchmarking.rows import BenchmarkError, Row, make_row, quantile
+from moyu_ext.patching.sparse_mlp import SparseMLP
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import moyu_ext
+
+CHECKED_TOKENS = 16
+ALLOWED = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # of the largest logit
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--geometry", default="llama-2-7b")
+    parser.add_argument("--layers", type=int, help="fewer layers than the model has, for a try")
+    parser.add_argument("--dtype", default="float16", choices=["float16", "bfloat16", "float32"])
+    parser.add_argument("--method", default="stda", help="stda, srida, tda, tda-gate or dense")
+    parser.add_argument("--density", type=float, default=0.3288)
+    parser.add_argument("--mode", default="static", choices=["static", "dynamic"])
+    parser.add_argument("--prompt", type=int, default=1024, help="tokens of the prompt")
+    parser.add_argument("--new", type=int, default=1024, help="tokens to generate")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--csv", type=Path, help="append the rows to this file")
+    parser.add_argument("--commit", help="for the rows, where the package is not in its clone")
+    parser.add_argument("--profile", action="store_true", help="run for nsys; nothing is measured")
+    return parser.parse_args()
+
+
+def generate(model: PreTrainedModel, ids: Tensor, new: int, mode: str, **kwargs: Any) -> Any:
+    if mode == "static":
+        kwargs["cache_implementation"] = "static"
+    return model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, **kwargs)
+
+
+def seconds(device: torch.device, work: Callable[[], Any]) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    begin = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begin
+
+
+def logits_error(model: PreTrainedModel, ids: Tensor, mode: str) -> float:
+    """Largest difference between generation's logits and the rule's in plain PyTorch, relative."""
+    out = generate(
+        model, ids, CHECKED_TOKENS, mode, return_dict_in_generate=True, output_logits=True
+    )
+    got = torch.stack(out.logits, 1).double()
+    with torch.inference_mode(), moyu_ext.scoring(model, ids.shape[1]):
+        logits = model(input_ids=out.sequences, use_cache=False).logits
+    want = logits[:, ids.shape[1] - 1 : -1].double()
+    # The first token comes from the prompt's dense pass, on both sides.
+    return float((got - want).abs().max() / want.abs().max())
+
+
+def copy_gbps(device: torch.device) -> float:
+    """Bytes read plus bytes written per second of a device-to-device copy."""
+    size = 1 << 30 if device.type == "cuda" else 1 << 26
+    a, b = (torch.full((size,), i, dtype=torch.uint8, device=device) for i in range(2))
+    times = [seconds(device, lambda: b.copy_(a)) for _ in range(12)]
+    return 2 * size / quantile(times[2:], 0.5) / 1e9
+
+
+def measure(args: argparse.Namespace, dense: PreTrainedModel, model: PreTrainedModel) -> list[Row]:
+    size, device = geometry(args.geometry), dense.device
+    dtype = getattr(torch, args.dtype)
+    g = torch.Generator().manual_seed(5)
+    ids = torch.randint(3, size.vocabulary, (1, args.prompt), generator=g).to(device)
+    error = logits_error(model, ids, args.mode)
+    if not error <= ALLOWED[dtype]:
+        raise BenchmarkError(f"relative error of the logits {error:.2e}: no row is written")
+    sides = {"dense": dense, args.method: model}
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    bandwidth = []
+    moyu_ext.report(model, reset=True)
+    for turn in range(args.rounds + 1):  # the first one compiles and captures
+        for name, side in sides.items():
+            took = seconds(device, lambda side=side: generate(side, ids, args.new, args.mode))
+            if turn:
+                times[name].append(took * 1e6)
+        bandwidth.append(copy_gbps(device))
+    density = moyu_ext.report(model).density
+    layers = dense.config.num_hidden_layers
+    everything = weight_bytes(dense)
+    if not size.tied:  # of the embedding a token reads one row
+        everything -= dense.get_input_embeddings().weight.nbytes
+    mlps = layers * size.matrices * size.d * size.f * dtype.itemsize
+    plan = getattr(model, "_moyu_patch").method.plan  # noqa: B009
+    fraction = {"given": density, "gate": (1 + 2 * density) / 3, "product": (2 + density) / 3}
+    rows = []
+    for name, read, d, e in (
+        ("dense", everything, 1.0, 0.0),
+        (args.method, everything - mlps * (1 - fraction.get(plan, 1.0)), density, error),
+    ):
+        rows.append(
+            make_row(
+                name=f"generate-{args.prompt}+{args.new}-{args.mode}",
+                device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+                dtype=args.dtype,
+                geometry=args.geometry + (f"/{layers}" if args.layers else ""),
+                method=name,
+                plan="dense" if name == "dense" else plan,
+                rows=1,
+                density=d,
+                microseconds=times[name],
+                dense_microseconds=times["dense"],
+                bytes=int(read * args.new),
+                bandwidth_gbps=quantile(bandwidth, 0.5),
+                dense_impl=f"transformers {args.mode}",
+                max_rel_err=e,
+            )
+        )
+    return rows
+
+
+@contextmanager
+def named_layers(model: nn.Module, method: str) -> Iterator[None]:
+    """A range around every patched MLP: "stda layer 7"."""
+    handles = []
+
+    def end(*_: Any) -> None:
+        torch.cuda.nvtx.range_pop()
+
+    for module in model.modules():
+        if not isinstance(module, SparseMLP):
+            continue
+
+        def begin(*_: Any, name: str = f"{method} layer {module.site.index}") -> None:
+            torch.cuda.nvtx.range_push(name)
+
+        handles.append(module.register_forward_pre_hook(begin))
+        handles.append(module.register_forward_hook(end))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def profile(args: argparse.Namespace, model: PreTrainedModel) -> None:
+    size = geometry(args.geometry)
+    ids = torch.randint(3, size.vocabulary, (1, args.prompt)).to(model.device)
+    generate(model, ids, 4, args.mode)  # loads, allocates, compiles
+    with named_layers(model, args.method), torch.inference_mode():
+        out = model(input_ids=ids, use_cache=True)
+        token = out.logits[:, -1:].argmax(-1)
+        for step in range(2 + args.new):
+            if step == 2:  # the first decode step chooses the set
+                torch.cuda.synchronize()
+                torch.cuda.profiler.start()
+            torch.cuda.nvtx.range_push(f"token {step}")
+            out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+            token = out.logits[:, -1:].argmax(-1)
+            torch.cuda.nvtx.range_pop()
+        torch.cuda.synchronize()
+        torch.cuda.profiler.stop()
+
+
+def main() -> None:
+    args = arguments()
+    if args.csv:
+        check_csv(args.csv)
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise SystemExit("decode_cuda: no CUDA device, or a CPU-only torch; nothing is measured")
+    torch.manual_seed(0)
+    dtype = getattr(torch, args.dtype)
+    positions = args.prompt + max(args.new, CHECKED_TOKENS) + 8
+    dense = random_model(geometry(args.geometry), dtype, layers=args.layers, positions=positions)
+    make = method_at(args.method, args.density)
+    method = make(dense)  # before the move: it runs the model on host tensors
+    dense = dense.to(args.device)
+    if args.profile:
+        profile(args, moyu_ext.patch(dense, method))
+        return
+    rows = measure(args, dense, moyu_ext.patch(copy.deepcopy(dense), method))
+    if args.commit:
+        rows = [dataclasses.replace(row, commit=args.commit) for row in rows]
+    for row in rows:
+        print(row)
+    if args.csv:
+        write_csv(args.csv, rows)
+
+
+if __name__ == "__main__":
+    main()

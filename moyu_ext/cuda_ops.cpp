@@ -1,0 +1,204 @@
+// The operators on CUDA tensors: checks, outputs and scratch from torch's allocator, torch's
+// current stream, then the launcher of the same name. Nothing here waits for the GPU, so indices
+// and count cannot be looked at: the kernels clamp them (moyu_cuda.h).
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <limits>
+#include <tuple>
+#include <vector>
+
+#include "../csrc/cuda/nvtx.h"
+#include "../csrc/moyu_cuda.h"
+#include "checks.h"
+
+namespace moyu::op {
+namespace {
+
+using CurrentStream = AOTITorchError (*)(int32_t device, void** stream);
+
+// Lives in libtorch_cuda, which a CPU build of torch does not have: linking it would keep the
+// whole extension from loading there.
+CurrentStream find_current_stream() {
+  constexpr const char* name = "aoti_torch_get_current_cuda_stream";
+  void* found = dlsym(RTLD_DEFAULT, name);
+  if (found == nullptr) {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    if (library != nullptr) found = dlsym(library, name);
+  }
+  return reinterpret_cast<CurrentStream>(found);
+}
+
+// Makes the tensor's device current for as long as it lives, and knows torch's stream there.
+class Gpu {
+ public:
+  Gpu(const char* op, const char* name, const Tensor& like)
+      : range_(op), guard_(index_of(op, name, like)) {
+    static const CurrentStream current_stream = find_current_stream();
+    if (current_stream == nullptr)
+      fail(op, "torch ", MOYU_TORCH_BUILT_WITH,
+           " at build time, but the running torch has no CUDA stream to offer; install a CUDA "
+           "build of torch");
+    if (current_stream(like.get_device_index(), &stream_) != 0)
+      fail(op, "torch does not tell its current stream on cuda:", like.get_device_index());
+  }
+  void* stream() const { return stream_; }
+
+ private:
+  static int32_t index_of(const char* op, const char* name, const Tensor& like) {
+    if (!like.is_cuda()) fail(op, name, " must be on a cuda device, got ", describe(like));
+    return like.get_device_index();
+  }
+  cuda::NvtxRange range_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  void* stream_ = nullptr;
+};
+
+Tensor empty(const Tensor& like, std::vector<int64_t> shape, ScalarType dtype) {
+  return torch::stable::new_empty(like, shape, dtype);
+}
+
+// From torch's caching allocator: no cudaMalloc after the first call, and safe in graph capture.
+Tensor workspace(const Tensor& like, int64_t rows, int64_t d, int64_t f) {
+  return empty(like, {static_cast<int64_t>(cuda::workspace_floats(rows, d, f))}, ScalarType::Float);
+}
+
+template <class T>
+T* output(Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+// Kernels count neurons in 32 bits, and read row 0 in the place of an index that is out of range.
+void check_sizes(const char* op, int64_t f, int64_t d) {
+  constexpr int64_t most = std::numeric_limits<int32_t>::max();
+  if (f < 1 || f > most || d < 1)
+    fail(op, "weights must be [f, d] with f in [1, ", most, "] and d >= 1, got [", f, ", ", d, "]");
+}
+
+void check_epsilon(const char* op, const Tensor& epsilon, const Tensor& like) {
+  if (epsilon.numel() != 1 || epsilon.scalar_type() != ScalarType::Float || !epsilon.is_cuda() ||
+      epsilon.get_device_index() != like.get_device_index())
+    fail(op, "epsilon must be one float32 on cuda:", like.get_device_index(), ", got ",
+         describe(epsilon));
+}
+
+std::tuple<Tensor, Tensor> threshold_compact_cuda(const Tensor& values, const Tensor& epsilon) {
+  constexpr const char* op = "threshold_compact";
+  const Gpu gpu(op, "values", values);
+  if ((values.dim() != 1 && values.dim() != 2) || values.scalar_type() != ScalarType::Float ||
+      !values.is_contiguous())
+    fail(op, "values must be contiguous float32 [f] or [rows, f], got ", describe(values));
+  const bool one = values.dim() == 1;
+  const int64_t f = values.size(values.dim() - 1), rows = one ? 1 : values.size(0);
+  check_epsilon(op, epsilon, values);
+  Tensor indices =
+      empty(values, one ? std::vector<int64_t>{f} : std::vector<int64_t>{rows, f}, ScalarType::Int);
+  Tensor count = empty(values, {rows}, ScalarType::Int);
+  cuda::threshold_compact(data_as<float>(values), rows, f, data_as<float>(epsilon),
+                          output<int32_t>(indices), output<int32_t>(count), gpu.stream());
+  return {indices, count};
+}
+
+Tensor gather_gemv_cuda(const Tensor& x, const Tensor& weight, const Tensor& indices,
+                        const Tensor& count, const OptionalTensor& bias) {
+  constexpr const char* op = "gather_gemv";
+  const Gpu gpu(op, "x", x);
+  const DType dtype = dtype_of(op, "weight", weight);
+  expect(op, "weight", weight, x, x.scalar_type(), {-1, -1});
+  const int64_t f = weight.size(0), d = weight.size(1), rows = rows_of(op, x, d);
+  check_sizes(op, f, d);
+  expect(op, "indices", indices, x, ScalarType::Int, {-1});
+  expect(op, "count", count, x, ScalarType::Int, {1});
+  expect(op, "bias", bias, x, x.scalar_type(), {f});
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = indices.numel();
+  Tensor out = empty(x, shape, ScalarType::Float);
+  cuda::gather_gemv(data(x), data(weight), data(bias), data_as<int32_t>(indices),
+                    data_as<int32_t>(count), output<float>(out), rows, d, f, indices.numel(), dtype,
+                    gpu.stream());
+  return out;
+}
+
+Tensor gather_gemv_t_cuda(const Tensor& values, const Tensor& weight_t, const Tensor& indices,
+                          const Tensor& count, const OptionalTensor& bias) {
+  constexpr const char* op = "gather_gemv_t";
+  const Gpu gpu(op, "values", values);
+  const DType dtype = dtype_of(op, "weight_t", weight_t);
+  expect(op, "weight_t", weight_t, values, weight_t.scalar_type(), {-1, -1});
+  const int64_t f = weight_t.size(0), d = weight_t.size(1);
+  check_sizes(op, f, d);
+  expect(op, "indices", indices, values, ScalarType::Int, {-1});
+  expect(op, "count", count, values, ScalarType::Int, {1});
+  expect(op, "bias", bias, values, weight_t.scalar_type(), {d});
+  const int64_t capacity = indices.numel();
+  if (values.scalar_type() != ScalarType::Float || !values.is_contiguous() || values.dim() < 1 ||
+      values.size(values.dim() - 1) != capacity)
+    fail(op, "values must be contiguous float32 [..., ", capacity, "], got ", describe(values));
+  int64_t rows = 1;
+  std::vector<int64_t> shape(values.sizes().begin(), values.sizes().end());
+  shape.back() = d;
+  for (size_t i = 0; i + 1 < shape.size(); ++i) rows *= shape[i];
+  Tensor out = empty(values, shape, weight_t.scalar_type());
+  Tensor scratch = workspace(values, rows, d, capacity);
+  cuda::gather_gemv_t(data_as<float>(values), data(weight_t), data(bias), data_as<int32_t>(indices),
+                      data_as<int32_t>(count), out.mutable_data_ptr(), rows, d, f, capacity, dtype,
+                      output<float>(scratch), gpu.stream());
+  return out;
+}
+
+Tensor sparse_mlp_cuda(const Tensor& x, const OptionalTensor& gate, const Tensor& up,
+                       const Tensor& down_t, const OptionalTensor& gate_bias,
+                       const OptionalTensor& up_bias, const OptionalTensor& down_bias,
+                       const OptionalTensor& indices, const OptionalTensor& count,
+                       const OptionalTensor& mask, const std::string& activation) {
+  constexpr const char* op = "sparse_mlp";
+  const Gpu gpu(op, "x", x);
+  Mlp mlp = mlp_of(op, x, gate, up, down_t, gate_bias, up_bias, down_bias, activation);
+  check_sizes(op, mlp.f, mlp.d);
+  if (indices.has_value() != count.has_value())
+    fail(op, "indices and count are given together or not at all");
+  expect(op, "indices", indices, x, ScalarType::Int, {-1});
+  expect(op, "count", count, x, ScalarType::Int, {1});
+  expect(op, "mask", mask, x, ScalarType::Byte, {mlp.rows, mlp.f});
+  Tensor out = torch::stable::empty_like(x);
+  Tensor scratch = workspace(x, mlp.rows, mlp.d, mlp.f);
+  mlp.out = out.mutable_data_ptr();
+  cuda::sparse_mlp(mlp,
+                   {data_as<int32_t>(indices), data_as<int32_t>(count), data_as<uint8_t>(mask)},
+                   indices ? indices->numel() : mlp.f, output<float>(scratch), gpu.stream());
+  return out;
+}
+
+std::tuple<Tensor, Tensor> threshold_mlp_cuda(
+    const Tensor& x, const OptionalTensor& gate, const Tensor& up, const Tensor& down_t,
+    const OptionalTensor& gate_bias, const OptionalTensor& up_bias, const OptionalTensor& down_bias,
+    const OptionalTensor& scale, const Tensor& epsilon, const std::string& activation,
+    const std::string& plan) {
+  constexpr const char* op = "threshold_mlp";
+  const Gpu gpu(op, "x", x);
+  Mlp mlp = mlp_of(op, x, gate, up, down_t, gate_bias, up_bias, down_bias, activation);
+  check_sizes(op, mlp.f, mlp.d);
+  expect(op, "scale", scale, x, ScalarType::Float, {mlp.f});
+  check_epsilon(op, epsilon, x);
+  Tensor out = torch::stable::empty_like(x);
+  Tensor counts = empty(x, {mlp.rows}, ScalarType::Int);
+  Tensor scratch = workspace(x, mlp.rows, mlp.d, mlp.f);
+  mlp.out = out.mutable_data_ptr();
+  cuda::threshold_mlp(mlp, plan_of(op, plan), data_as<float>(scale), data_as<float>(epsilon),
+                      output<int32_t>(counts), output<float>(scratch), gpu.stream());
+  return {out, counts};
+}
+
+}  // namespace
+}  // namespace moyu::op
+
+STABLE_TORCH_LIBRARY_IMPL(moyu_ext, CUDA, m) {
+  using namespace moyu::op;
+  m.impl("threshold_compact", TORCH_BOX(&threshold_compact_cuda));
+  m.impl("gather_gemv", TORCH_BOX(&gather_gemv_cuda));
+  m.impl("gather_gemv_t", TORCH_BOX(&gather_gemv_t_cuda));
+  m.impl("sparse_mlp", TORCH_BOX(&sparse_mlp_cuda));
+  m.impl("threshold_mlp", TORCH_BOX(&threshold_mlp_cuda));
+}

@@ -1,0 +1,23 @@
+"""Speed, measured honestly: dense and sparse interleaved in one run, every result checked."""
+
+from .at_density import method_at
+from .decode import measure_decode
+from .geometries import GEOMETRIES, Geometry, geometry
+from .machine import Machine
+from .mlp import measure_mlp
+from .rows import COLUMNS, BenchmarkError, Row, check_csv, write_csv
+
+__all__ = [
+    "COLUMNS",
+    "GEOMETRIES",
+    "BenchmarkError",
+    "Geometry",
+    "Machine",
+    "Row",
+    "check_csv",
+    "geometry",
+    "measure_decode",
+    "measure_mlp",
+    "method_at",
+    "write_csv",
+]

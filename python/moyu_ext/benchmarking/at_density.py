@@ -1,0 +1,68 @@
+"""Methods that reach a wanted density on a model with random weights, without calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from .. import reference
+from ..errors import ConfigurationError
+from ..methods import METHODS, STDA, TDA, Dense
+from ..methods.base import Method, check_density
+from ..patching.families import find_mlps, record_inputs
+
+MakeMethod = Callable[[nn.Module], Method]
+"""Makes a method for an unpatched model."""
+
+_TOKENS = 32
+
+
+def method_at(name: str, density: float) -> MakeMethod:
+    """The method of this name such that about `density` of the neurons are active.
+
+    Names: those of `METHODS`, and "tda-gate" for TDA with the gate score. Threshold methods get
+    each layer's quantile on a few random tokens. Raises ConfigurationError for an unknown name or a
+    density outside (0, 1].
+    """
+    check_density(density)
+    if name == "dense":
+        return lambda model: Dense()
+    if name in ("tda", "tda-gate"):
+        score = "gate" if name == "tda-gate" else "product"
+        return lambda model: TDA(_quantiles(model, density, score), score=score)
+    if name == "stda":
+        return lambda model: STDA(_quantiles(model, density, "rms"))
+    if name in METHODS and "density" in getattr(METHODS[name], "__dataclass_fields__", {}):
+        make = partial(METHODS[name], **{"density": density})
+        return lambda model: make()
+    known = ", ".join(["tda-gate", *METHODS])
+    raise ConfigurationError(f"method is {name!r}; expected one of {known}")
+
+
+def _quantiles(model: nn.Module, density: float, score: str) -> list[float]:
+    """Per layer, the threshold that `density` of the scores reach on random tokens."""
+    sites = find_mlps(model)
+    found = [0.0] * len(sites)
+
+    def look(index: int, x: Tensor) -> None:
+        w = sites[index].weights()
+        x = x.reshape(-1, w.d)
+        if score == "gate" and w.gate is not None:
+            a = reference.activations(x, None, w.gate, None, w.gate_bias, w.activation).abs()
+        else:
+            a = reference.activations(x, w.gate, w.up, w.gate_bias, w.up_bias, w.activation).abs()
+        if score != "gate":
+            a = a * w.column_norms()
+        if score == "rms":
+            a = a.square().mean(0).sqrt()
+        place = round((1 - density) * (a.numel() - 1))
+        found[index] = 0.0 if density >= 1 else float(a.flatten().kthvalue(place + 1).values)
+
+    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    ids = torch.randint(3, vocabulary, (1, _TOKENS), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode(), record_inputs(model, sites, look):
+        model(input_ids=ids, use_cache=False)
+    return found

@@ -1,0 +1,67 @@
+"""Is a result right? The float64 reference on the active set, and a tolerance that is computed."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import reference
+from ..patching.families import MlpWeights
+from .rows import BenchmarkError
+
+_BLOCK = 1024  # neurons widened to float64 at a time: 100 MB at d = 4096
+
+
+def exact(x: Tensor, weights: MlpWeights, active: Tensor) -> Tensor:
+    """The MLP in float64 by `reference`: x [rows, d], active bool [rows, f] -> [rows, d]."""
+    w = weights
+    used = active.any(0).nonzero().flatten()
+    out = torch.zeros(x.shape, dtype=torch.float64)
+    for block in used.split(_BLOCK):
+        out += reference.masked_mlp(
+            x,
+            None if w.gate is None else w.gate[block],
+            w.up[block],
+            w.down_t[block],
+            None if w.gate_bias is None else w.gate_bias[block],
+            None if w.up_bias is None else w.up_bias[block],
+            None,
+            active[:, block],
+            w.activation,
+            torch.float64,
+        )
+    return out if w.down_bias is None else out + w.down_bias.double()
+
+
+def plain(x: Tensor, weights: MlpWeights, active: Tensor) -> Tensor:
+    """The same in the weights' dtype, as a user of torch would write it: [rows, d]."""
+    w = weights
+    used = active.any(0).nonzero().flatten()
+    act = reference.ACTIVATIONS[w.activation]
+    h = F.linear(x, w.up[used], None if w.up_bias is None else w.up_bias[used])
+    if w.gate is None:
+        a = act(h)
+    else:
+        a = act(F.linear(x, w.gate[used], None if w.gate_bias is None else w.gate_bias[used])) * h
+    return F.linear(a * active[:, used], w.down_t[used].t(), w.down_bias)
+
+
+def verify(what: str, out: Tensor, x: Tensor, weights: MlpWeights, active: Tensor) -> float:
+    """The relative error max|out - exact| / max|exact|.
+
+    Raises BenchmarkError where it exceeds twice plain torch's error in the same dtype, plus one
+    rounding to that dtype and a float32 sum's error, which grows with the root of its terms.
+    """
+    right = exact(x, weights, active)
+    scale = float(right.abs().max().clamp_min(1e-30))
+    error = float((out.double() - right).abs().max()) / scale
+    allowed = 2 * float((plain(x, weights, active).double() - right).abs().max()) / scale
+    allowed += torch.finfo(out.dtype).eps
+    allowed += torch.finfo(torch.float32).eps * (weights.d + weights.f) ** 0.5
+    if not error <= allowed:
+        raise BenchmarkError(
+            f"{what}: the result is off by {error:.3e} of its largest element, allowed are "
+            f"{allowed:.3e}; the row is not written"
+        )
+    return error

@@ -1,0 +1,289 @@
+"""`moyu bench decode`: a whole model's tokens, unpatched and patched in turn in one run."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..methods.base import Method, check_count
+from ..patching.families import MlpSite, find_mlps
+from ..patching.patch import patch, report, unpatch
+from .at_density import MakeMethod
+from .cases import mlp_neurons
+from .check import verify
+from .geometries import Geometry, geometry
+from .machine import MIB, Bandwidth, Machine, MemoryWatch
+from .probes import Seen, mlp_clock, recorded
+from .random_model import random_model, weight_bytes
+from .rows import Row, make_row, quantile
+
+DENSE_IMPL = "transformers eager"
+_CLOCKED = 2  # steps per run in which the MLPs are timed
+
+
+@dataclass
+class Side:
+    """What was measured of the unpatched model (method None) or under one method.
+
+    Times in microseconds: `prefill` per prompt, `step` per decoded token, `choose` the first step,
+    in which a sequence-level method chooses the set, `mlp` of all MLPs in a decode step, and
+    `clocked` of those steps. prefill_error, error: relative errors of the MLPs' outputs. Of the
+    call of `patch`: the greatest extra memory and what stays, in bytes (None where unknown), and
+    seconds.
+    """
+
+    name: str
+    plan: str
+    method: Method | None
+    density: float = 1.0
+    prefill_error: float = float("nan")
+    error: float = float("nan")
+    prefill: list[float] = field(default_factory=list)
+    choose: list[float] = field(default_factory=list)
+    step: list[float] = field(default_factory=list)
+    mlp: list[float] = field(default_factory=list)
+    clocked: list[float] = field(default_factory=list)
+    patch_peak_bytes: int | None = None
+    patch_lasting_bytes: int | None = None
+    patch_seconds: float = float("nan")
+
+    @property
+    def label(self) -> str:
+        """The method's name, with the plan where a method has several."""
+        return f"{self.name} {self.plan}" if self.plan in ("gate", "product") else self.name
+
+    @property
+    def mlp_us(self) -> float:
+        """Median time of all MLPs in a decode step."""
+        return quantile(self.mlp, 0.5)
+
+    @property
+    def mlp_share(self) -> float:
+        """The MLPs' part of a decode step's time."""
+        return self.mlp_us / quantile(self.clocked, 0.5)
+
+
+@dataclass(frozen=True)
+class DecodeResult:
+    """rows: a decode and a prefill row per side; sides: the unpatched model first; GB/s by reader;
+    bytes of the model and of one W_down; seconds to build the model; warnings."""
+
+    rows: list[Row]
+    machine: Machine
+    sides: list[Side]
+    bandwidth_by_reader: dict[str, float]
+    model_bytes: int
+    down_bytes: int
+    build_seconds: float
+    warnings: list[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, in what JSON knows."""
+        sides = [
+            {
+                "method": side.name if side.method is None else repr(side.method),
+                "density": side.density,
+                "first_step_us": quantile(side.choose, 0.5),
+                "mlp_us": side.mlp_us,
+                "mlp_share": side.mlp_share,
+                "mlp_speedup_vs_dense": self.sides[0].mlp_us / side.mlp_us,
+                "patch_seconds": side.patch_seconds,
+                "patch_peak_bytes": side.patch_peak_bytes,
+                "patch_lasting_bytes": side.patch_lasting_bytes,
+            }
+            for side in self.sides
+        ]
+        return {
+            "rows": [dataclasses.asdict(row) for row in self.rows],
+            "machine": dataclasses.asdict(self.machine),
+            "bandwidth_by_reader": self.bandwidth_by_reader,
+            "warnings": self.warnings,
+            "model_bytes": self.model_bytes,
+            "one_down_bytes": self.down_bytes,
+            "build_seconds": self.build_seconds,
+            "sides": sides,
+        }
+
+
+def measure_decode(
+    size: Geometry | str = "llama-3.2-1b",
+    methods: Sequence[Method | MakeMethod] = (),
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    layers: int | None = None,
+    prompt_tokens: int = 512,
+    new_tokens: int = 12,
+    rounds: int = 3,
+    seed: int = 0,
+    bandwidth_bytes: int = 128 * MIB,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> DecodeResult:
+    """Time the prompt and each new token of a random model, plain Hugging Face beside each method.
+
+    One round: the unpatched model, then for each method patch, run, unpatch. A run is a prompt of
+    `prompt_tokens`, one step that is not counted, and `new_tokens` timed steps, for one sequence,
+    greedy. In the first round every MLP's outputs, in the prompt and in a decode step, are checked
+    against `reference` in float64 on the set in force. methods: or what makes one from the model
+    (see `method_at`). progress(done, total, what) is called before each run.
+
+    Raises ConfigurationError for bad numbers or too little memory, BenchmarkError for a wrong
+    result.
+    """
+    size = geometry(size) if isinstance(size, str) else size
+    check_count("rounds", rounds)
+    check_count("new_tokens", new_tokens)
+    check_count("prompt_tokens", prompt_tokens)
+    machine = Machine.look()
+    start = time.perf_counter()
+    # Positions for the steps that are not counted, too.
+    positions = prompt_tokens + new_tokens + 8
+    model = random_model(size, dtype, layers=layers, positions=positions, seed=seed)
+    built = time.perf_counter() - start
+    made = [m if isinstance(m, Method) else m(model) for m in methods]
+    sides = [Side("unpatched", "dense", None), *(Side(m.name, m.plan, m) for m in made)]
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, size.vocabulary, (1, prompt_tokens), generator=generator)
+    bandwidth = Bandwidth(bandwidth_bytes)
+    runner = _Runner(model, find_mlps(model), ids, new_tokens)
+    with torch.inference_mode():
+        model(input_ids=ids[:, :8], use_cache=False)  # torch's own set-up at a first call
+        for r in range(rounds):
+            for i, side in enumerate(sides):
+                if progress is not None:
+                    progress(r * len(sides) + i, rounds * len(sides), side.name)
+                with _patched(model, side):
+                    bandwidth.sample()
+                    runner.run(side)
+                    if r == 0:
+                        runner.check(side)
+    rows = []
+    for side in sides:
+        common: dict[str, Any] = {
+            "device": machine.device,
+            "dtype": str(dtype).removeprefix("torch."),
+            "geometry": size.name + (f" {layers} layers" if layers else ""),
+            "method": side.name,
+            "bandwidth_gbps": bandwidth.gbps,
+            "dense_impl": DENSE_IMPL,
+        }
+        rows += [
+            make_row(
+                **common,
+                name="decode",
+                plan=side.plan,
+                rows=1,
+                density=side.density,
+                microseconds=side.step,
+                dense_microseconds=sides[0].step,
+                bytes=runner.bytes(side.plan, side.density),
+                max_rel_err=side.error,
+            ),
+            make_row(
+                **common,
+                name="prefill",
+                plan="dense",
+                rows=prompt_tokens,
+                density=1.0,
+                microseconds=side.prefill,
+                dense_microseconds=sides[0].prefill,
+                bytes=runner.bytes("dense", 1.0),
+                max_rel_err=side.prefill_error,
+            ),
+        ]
+    return DecodeResult(
+        rows,
+        machine,
+        sides,
+        bandwidth.by_reader,
+        weight_bytes(model),
+        size.d * size.f * dtype.itemsize,
+        built,
+        machine.warnings(),
+    )
+
+
+@contextmanager
+def _patched(model: nn.Module, side: Side) -> Iterator[None]:
+    """The model under the side's method, and what patching cost; as it is where there is none."""
+    if side.method is None:
+        yield
+        return
+    start = time.perf_counter()
+    with MemoryWatch() as memory:
+        patch(model, side.method)
+    side.patch_seconds = time.perf_counter() - start
+    if memory.peak is not None and memory.lasting is not None:
+        side.patch_peak_bytes = max(memory.peak, side.patch_peak_bytes or 0)
+        side.patch_lasting_bytes = max(memory.lasting, side.patch_lasting_bytes or 0)
+    try:
+        yield
+        side.density = report(model).density
+    finally:
+        unpatch(model)
+
+
+@dataclass(frozen=True)
+class _Runner:
+    """Runs one sequence through the model, whatever state that is in."""
+
+    model: nn.Module
+    sites: list[MlpSite]
+    ids: Tensor
+    new_tokens: int
+
+    def run(self, side: Side) -> None:
+        """A prompt and its decode steps; the times go to `side`."""
+        elapsed, token, cache = self._forward(self.ids, None)
+        side.prefill.append(elapsed)
+        elapsed, token, cache = self._forward(token, cache)
+        side.choose.append(elapsed)
+        for _ in range(self.new_tokens):
+            elapsed, token, cache = self._forward(token, cache)
+            side.step.append(elapsed)
+        for _ in range(_CLOCKED):  # not among the others: the clock's hooks cost time
+            with mlp_clock(self.sites) as seconds:
+                elapsed, token, cache = self._forward(token, cache)
+            side.clocked.append(elapsed)
+            side.mlp.append(sum(seconds) * 1e6)
+
+    def check(self, side: Side) -> None:
+        """The same once more, to compare what every MLP gives with the reference."""
+        with recorded(self.sites, governed=False) as prompt:
+            _, token, cache = self._forward(self.ids, None)
+        _, token, cache = self._forward(token, cache)
+        with recorded(self.sites, governed=True) as step:
+            self._forward(token, cache)
+        side.prefill_error = self._error(f"{side.name}, prompt", prompt)
+        side.error = self._error(f"{side.name}, decode step", step)
+
+    def _forward(self, tokens: Tensor, cache: Any) -> tuple[float, Tensor, Any]:
+        start = time.perf_counter_ns()
+        out = self.model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        chosen = out.logits[:, -1].argmax(-1, keepdim=True)
+        return (time.perf_counter_ns() - start) / 1e3, chosen, out.past_key_values
+
+    def _error(self, what: str, seen: list[Seen]) -> float:
+        assert len(seen) == len(self.sites)
+        return max(
+            verify(f"{what}, {s.site.name}", s.out, s.x, s.site.weights(), s.active) for s in seen
+        )
+
+    def bytes(self, plan: str, density: float) -> int:
+        """Weights that a forward reads: all but a table of embeddings, and less of the MLPs."""
+        total = weight_bytes(self.model)
+        table = self.model.get_input_embeddings().weight  # type: ignore[operator]
+        if table is not self.model.get_output_embeddings().weight:  # type: ignore[operator]
+            total -= table.numel() * table.element_size()
+        for site in self.sites:
+            gated = site.family.gate is not None
+            skipped = mlp_neurons("dense", site.f, site.f, gated)
+            skipped -= mlp_neurons(plan, density * site.f, site.f, gated)
+            total -= round(skipped * site.d) * table.element_size()
+        return total

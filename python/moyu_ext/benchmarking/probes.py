@@ -1,0 +1,114 @@
+"""Hooks on a model's MLPs, patched or not: how long they take, and what goes in and comes out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import reference
+from ..methods.base import TokenRule
+from ..patching.families import MlpSite
+from ..patching.sparse_mlp import SparseMLP
+
+ROWS = 4  # of a forward whose results are kept
+
+
+@dataclass(frozen=True)
+class Seen:
+    """x and out [rows, d], the first ROWS rows of one MLP's forward; active: bool [rows, f]."""
+
+    site: MlpSite
+    x: Tensor
+    out: Tensor
+    active: Tensor
+
+
+@contextmanager
+def mlp_clock(sites: list[MlpSite]) -> Iterator[list[float]]:
+    """Within the block, collects the seconds that each MLP of each forward takes."""
+    seconds: list[float] = []
+    began = 0.0
+
+    def begin(*_: Any) -> None:
+        nonlocal began
+        began = time.perf_counter()
+
+    def end(*_: Any) -> None:
+        seconds.append(time.perf_counter() - began)
+
+    with _hooked(sites, lambda site: (begin, end)):
+        yield seconds
+
+
+@contextmanager
+def recorded(sites: list[MlpSite], governed: bool) -> Iterator[list[Seen]]:
+    """Within the block, collects what each MLP of each forward got, gave and used.
+
+    governed: whether a patched model's tokens obey its method in these forwards; all neurons are
+    in use where they do not.
+    """
+    found: list[Seen] = []
+
+    def pair(site: MlpSite) -> tuple[Callable[..., None], Callable[..., None]]:
+        kept: list[tuple[Tensor, Tensor]] = []
+
+        def begin(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0].reshape(-1, site.d)[:ROWS].clone()
+            kept.append((x, active_neurons(site, x, governed)))
+
+        def end(_: nn.Module, __: Any, out: Tensor) -> None:
+            x, active = kept.pop()
+            found.append(Seen(site, x, out.reshape(-1, site.d)[:ROWS].clone(), active))
+
+        return begin, end
+
+    with _hooked(sites, pair):
+        yield found
+
+
+def active_neurons(site: MlpSite, x: Tensor, governed: bool = True) -> Tensor:
+    """Which neurons the MLP uses for x [rows, d] in the forward that is under way: [rows, f].
+
+    By plain PyTorch in float32 from x and the weights, or from the sequence's set.
+    """
+    mlp = site.entry
+    if not governed or not isinstance(mlp, SparseMLP):
+        return torch.ones(x.shape[0], site.f, dtype=torch.bool)
+    if not isinstance(mlp.rule, TokenRule):
+        current = mlp.context.current
+        assert current is not None and current.state is not None
+        return current.state.layers[mlp.slot].mask.bool().clone()
+    w = site.weights()
+    product = reference.activations(x, w.gate, w.up, w.gate_bias, w.up_bias, w.activation)
+    gate = product
+    if w.gate is not None:
+        gate = reference.activations(x, None, w.gate, None, w.gate_bias, w.activation)
+    return mlp.rule.active(x, gate, product)
+
+
+@contextmanager
+def _hooked(
+    sites: list[MlpSite],
+    pair: Callable[[MlpSite], tuple[Callable[..., None], Callable[..., None]]],
+) -> Iterator[None]:
+    """pair(site) -> what to call where the MLP begins and where it ends."""
+    handles = []
+    for site in sites:
+        begin, end = pair(site)
+        # An MLP spread over its layer (OPT) begins at the first projection, ends at the last.
+        last = site.linear(site.family.down) if site.family.inline else site.entry
+        handles += [
+            site.entry.register_forward_pre_hook(begin),
+            last.register_forward_hook(end),
+        ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

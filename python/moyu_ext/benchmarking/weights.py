@@ -1,0 +1,78 @@
+"""Random weights, quickly: one block of normal numbers, repeated over everything.
+
+The block's length is a prime and each tensor goes on where the last one stopped, so that no two
+rows of any matrix are equal: a kernel that reads the wrong one gives the wrong result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..patching.families import MlpWeights
+from .geometries import Geometry
+
+_BLOCK = 4194301  # the largest prime below 2^22
+
+
+class Filler:
+    """Fills tensors of one dtype with N(0, deviation^2)."""
+
+    def __init__(self, dtype: torch.dtype, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self._normal = torch.randn(_BLOCK, generator=generator)
+        self._dtype = dtype
+        self._blocks: dict[float, Tensor] = {}
+        self._start = 0
+
+    def fill(self, tensor: Tensor, deviation: float) -> Tensor:
+        """Fill a contiguous tensor in place and return it."""
+        if deviation not in self._blocks:
+            self._blocks[deviation] = (self._normal * deviation).to(self._dtype)
+        block = self._blocks[deviation]
+        flat = tensor.view(-1)
+        done = 0
+        while done < flat.numel():
+            piece = block[self._start : self._start + flat.numel() - done]
+            flat[done : done + piece.numel()].copy_(piece)
+            done += piece.numel()
+            self._start = (self._start + piece.numel()) % _BLOCK
+        return tensor
+
+    def draw(self, *shape: int, deviation: float) -> Tensor:
+        """A new tensor of this shape."""
+        return self.fill(torch.empty(shape, dtype=self._dtype), deviation)
+
+
+@dataclass(frozen=True)
+class MlpLayer:
+    """One MLP twice: as the operators take it (down_t [f, d]) and W_down as models store it."""
+
+    weights: MlpWeights
+    down: Tensor  # [d, f]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the MLP's matrices."""
+        w = self.weights
+        return (3 if w.gated else 2) * w.up.numel() * w.up.element_size()
+
+
+def mlp_layer(geometry: Geometry, filler: Filler) -> MlpLayer:
+    """A random MLP: outputs of order 1 for inputs of order 1."""
+    d, f = geometry.d, geometry.f
+    inner, outer = d**-0.5, f**-0.5
+    down = filler.draw(d, f, deviation=outer)
+    biased = geometry.biased
+    weights = MlpWeights(
+        gate=filler.draw(f, d, deviation=inner) if geometry.gated else None,
+        up=filler.draw(f, d, deviation=inner),
+        down_t=down.t().contiguous(),
+        gate_bias=filler.draw(f, deviation=0.1) if biased and geometry.gated else None,
+        up_bias=filler.draw(f, deviation=0.1) if biased else None,
+        down_bias=filler.draw(d, deviation=0.1) if biased else None,
+        activation=geometry.activation,
+    )
+    return MlpLayer(weights, down)

@@ -1,0 +1,260 @@
+"""`moyu bench mlp|decode`: speed as a ratio inside one run, every result checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from ..errors import ConfigurationError
+from . import common
+
+if TYPE_CHECKING:
+    from ..benchmarking import Machine, Row
+    from ..benchmarking.decode import Side
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Measure speed: dense and sparse interleaved in one run, each result checked against "
+    "plain PyTorch. Times differ from machine to machine; the ratios are what counts, and only on "
+    "a machine that does nothing else.",
+)
+console = Console()
+_PLAIN: dict[str, Any] = {"highlight": False, "soft_wrap": True}
+
+Geometry = Annotated[
+    str,
+    typer.Option(
+        "--geometry",
+        "-g",
+        help="llama-2-7b, llama-3-8b, llama-3.2-1b or opt-6.7b, with random weights.",
+    ),
+]
+DType = Annotated[str, typer.Option("--dtype", help="bfloat16, float16 or float32.")]
+CsvFile = Annotated[
+    Path | None, typer.Option("--csv", metavar="FILE", help="Append the rows to FILE.")
+]
+Seed = Annotated[int, typer.Option("--seed", help="Of weights and active sets.")]
+
+
+@app.command()
+def mlp(
+    geometry: Geometry = "llama-2-7b",
+    dtype: DType = "bfloat16",
+    plan: Annotated[
+        list[str],
+        typer.Option(
+            "--plan",
+            "-p",
+            help="When the active set is known: given (before the MLP: skips gate, up and down), "
+            "gate (behind the gate: skips up and down), product (behind gate and up: skips down). "
+            "dense-neuron-major: torch's dense MLP on the layout of a patched model. Repeatable.",
+        ),
+    ] = ["given", "gate", "product"],  # noqa: B006
+    density: Annotated[
+        list[float],
+        typer.Option("--density", "-d", help="Fraction of neurons that are active. Repeatable."),
+    ] = [1.0, 0.5, 0.33, 0.1],  # noqa: B006
+    rows: Annotated[
+        list[int],
+        typer.Option("--rows", "-r", help="Input rows, each with a set of its own. Repeatable."),
+    ] = [1],  # noqa: B006
+    repeats: Annotated[int, typer.Option("--repeats", help="Timed calls of each case.")] = 40,
+    layers: Annotated[
+        int | None,
+        typer.Option(
+            "--layers",
+            help="MLPs in rotation; by default so many that no weight is still in a cache.",
+        ),
+    ] = None,
+    seed: Seed = 0,
+    csv: CsvFile = None,
+    json: common.Json = None,
+) -> None:
+    """Time one MLP, by plan and density, against torch's dense MLP.
+
+    Before every call of a case comes one of the dense MLP, each on other weights, and the memory's
+    read bandwidth is measured in between. --geometry also takes one MLP's size as d,f.
+
+    Example: moyu bench mlp -g llama-3-8b --plan given -d 0.33 -d 0.1 --json mlp.json
+    """
+    from ..benchmarking import measure_mlp
+
+    _check_files(csv, json)
+    with _progress("MLP") as advance:
+        result = measure_mlp(
+            geometry,
+            _dtype(dtype),
+            plan,
+            density,
+            rows,
+            repeats=repeats,
+            layers=layers,
+            seed=seed,
+            progress=lambda done, total: advance(done, total, ""),
+        )
+    _print_machine(result.machine, result.bandwidth_by_reader, result.warnings)
+    labels = ["torch dense" if row.plan == "dense" else row.plan for row in result.rows]
+    _print_rows(f"{geometry}, {dtype}, {result.layers} MLPs in rotation", labels, result.rows)
+    _save(csv, json, "bench mlp", result)
+
+
+@app.command()
+def decode(
+    geometry: Geometry = "llama-3.2-1b",
+    method: Annotated[
+        list[str],
+        typer.Option(
+            "--method",
+            "-m",
+            help="srida, stda, tda, tda-gate, or dense: all neurons by our operator. Repeatable.",
+        ),
+    ] = ["srida"],  # noqa: B006
+    density: Annotated[
+        list[float],
+        typer.Option("--density", "-d", help="Fraction of neurons that are active. Repeatable."),
+    ] = [0.33],  # noqa: B006
+    dtype: DType = "bfloat16",
+    prompt_tokens: Annotated[int, typer.Option("--prompt", help="Tokens of the prompt.")] = 512,
+    new_tokens: Annotated[int, typer.Option("--new", help="Timed tokens per round.")] = 12,
+    rounds: Annotated[
+        int, typer.Option("--rounds", help="Turns of unpatched and patched, one after the other.")
+    ] = 3,
+    layers: Annotated[
+        int | None, typer.Option("--layers", help="Fewer layers than the model has, for a try.")
+    ] = None,
+    seed: Seed = 0,
+    csv: CsvFile = None,
+    json: common.Json = None,
+) -> None:
+    """Time a whole model, plain and patched in turn.
+
+    Builds it with random weights (llama-2-7b: 13.5 GB in bfloat16) and times prompt and decoded
+    tokens, and what patching costs in memory and time. Threshold methods get their thresholds
+    from a few random tokens, so that no calibration is needed.
+
+    Example: moyu bench decode -g llama-2-7b --layers 4 -m srida -m tda -d 0.33
+    """
+    from ..benchmarking import measure_decode, method_at
+
+    _check_files(csv, json)
+    methods = [
+        method_at(name, value)
+        for name in method
+        for value in ([1.0] if name == "dense" else density)
+    ]
+    with _progress("decode") as advance:
+        result = measure_decode(
+            geometry,
+            methods,
+            _dtype(dtype),
+            layers=layers,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            rounds=rounds,
+            seed=seed,
+            progress=advance,
+        )
+    _print_machine(result.machine, result.bandwidth_by_reader, result.warnings)
+    labels = [f"{name} {side.label}" for side in result.sides for name in ("decode", "prefill")]
+    _print_rows(f"{geometry}, {dtype}, built in {result.build_seconds:.0f} s", labels, result.rows)
+    _print_sides(result.sides, result.model_bytes, result.down_bytes)
+    _save(csv, json, "bench decode", result)
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    dtype = getattr(torch, name, None)
+    if name not in ("bfloat16", "float16", "float32"):
+        raise ConfigurationError(f"dtype is {name!r}; expected bfloat16, float16 or float32")
+    return dtype
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Any]:
+    columns = (TextColumn(what), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("building", total=None)
+        yield lambda done, total, text: bar.update(
+            task, completed=done, total=total, description=text
+        )
+
+
+def _print_machine(machine: Machine, readers: dict[str, float], warnings: list[str]) -> None:
+    console.print(
+        f"{machine.device}, {machine.threads} threads, {machine.isa}, load {machine.load:.2f}, "
+        f"reads {max(readers.values()):.1f} GB/s",
+        **_PLAIN,
+    )
+    for warning in warnings:
+        console.print(f"[yellow]warning:[/] {warning}", **_PLAIN)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), title=title)
+    for position, column in enumerate(columns):
+        table.add_column(column, justify="right" if position else "left", no_wrap=True)
+    return table
+
+
+def _print_rows(title: str, labels: list[str], rows: list[Row]) -> None:
+    table = _table(title, "", "rows", "density", "ms", "p20-p80", "GB/s", "of peak", "vs dense")
+    for label, row in zip(labels, rows, strict=True):
+        table.add_row(
+            label,
+            str(row.rows),
+            f"{row.density:.3f}",
+            f"{row.median_us / 1e3:.3f}",
+            f"{row.p20_us / 1e3:.2f}-{row.p80_us / 1e3:.2f}",
+            f"{row.gbps:.1f}",
+            f"{row.fraction_of_bandwidth:.0%}",
+            f"{row.speedup_vs_dense:.2f}x",
+        )
+    console.print(table)
+
+
+def _print_sides(sides: list[Side], model_bytes: int, down_bytes: int) -> None:
+    table = _table(
+        f"patch (the model {model_bytes / 1e9:.2f} GB, one W_down {down_bytes / 1e6:.1f} MB)",
+        *("", "density", "MLPs ms", "of token", "vs dense", "peak MB", "lasting MB", "seconds"),
+    )
+    for side in sides:
+        table.add_row(
+            side.label,
+            f"{side.density:.3f}",
+            f"{side.mlp_us / 1e3:.2f}",
+            f"{side.mlp_share:.0%}",
+            f"{sides[0].mlp_us / side.mlp_us:.2f}x",
+            _megabytes(side.patch_peak_bytes),
+            _megabytes(side.patch_lasting_bytes),
+            "" if side.method is None else f"{side.patch_seconds:.1f}",
+        )
+    console.print(table)
+
+
+def _megabytes(count: int | None) -> str:
+    return "" if count is None else f"{count / 1e6:.1f}"
+
+
+def _check_files(csv: Path | None, json: Path | None) -> None:
+    from ..benchmarking import check_csv
+
+    common.check_json(json)
+    if csv is not None:
+        check_csv(csv)
+
+
+def _save(csv: Path | None, json: Path | None, command: str, result: Any) -> None:
+    from ..benchmarking import write_csv
+
+    if csv is not None:
+        write_csv(csv, result.rows)
+    common.write_json(json, {"command": command} | result.as_dict())

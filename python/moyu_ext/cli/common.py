@@ -1,0 +1,232 @@
+"""What the commands share: their common options, loading a model, building a method, JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .. import embedded
+from .._files import write_atomically
+from ..errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from ..methods import Method
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="A Hugging Face directory, a hub id, or a model that ships with moyu_ext "
+        "(stories_silu, stories_relu).",
+        show_default=False,
+    ),
+]
+Json = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="Also write the results to FILE, as JSON."),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(help="float32, float16 or bfloat16; auto takes the checkpoint's."),
+]
+Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, ...")]
+
+_DTYPES = ("auto", "float32", "float16", "bfloat16")
+_DEFAULT = "qrida"
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def program() -> str:
+    """How this user calls the command line from here."""
+    if shutil.which("moyu"):
+        return "moyu"
+    script = Path(sys.executable).with_name("moyu")
+    return os.path.relpath(script) if script.exists() else "python -m moyu_ext"
+
+
+def check_json(path: Path | None) -> None:
+    """Raise ConfigurationError now, rather than after the work, where FILE cannot be written."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise ConfigurationError(f"--json {path} is a directory; name a file")
+    if not path.absolute().parent.is_dir():
+        raise ConfigurationError(
+            f"--json {path}: the directory {path.absolute().parent} does not exist; create it first"
+        )
+
+
+def make_directory(path: Path) -> None:
+    """Make the directory of --out now, rather than after the work.
+
+    Raises ConfigurationError where that cannot be done.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(
+            f"--out {path} cannot be made a directory ({error.strerror}); name another"
+        ) from error
+
+
+def write_json(path: Path | None, content: Any) -> None:
+    """Write `content` to FILE, if one was named; NaN and infinity become null."""
+    if path is not None:
+        write_atomically(path, (json.dumps(_finite(content), indent=2) + "\n").encode())
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> tuple[Any, Any]:
+    """The model, in eval mode, and its tokenizer.
+
+    Raises ConfigurationError with the way out where MODEL is nothing that can be loaded.
+    """
+    if dtype not in _DTYPES:
+        raise ConfigurationError(f"--dtype is {dtype!r}; expected one of {', '.join(_DTYPES)}")
+    source = _source(name)
+    import torch
+    import transformers
+
+    _check_device(device)
+    local = isinstance(source, Path)
+    if local:
+        transformers.utils.logging.disable_progress_bar()
+    else:
+        typer.echo(f"{name} is not a directory here; asking the Hugging Face hub", err=True)
+    # Its reasons come with the exception; the warnings of each retry only bury them.
+    _quiet_hub()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    except Exception as error:  # transformers, safetensors, tokenizers: each has its own family
+        raise ConfigurationError(_why_not(name, local, error)) from error
+    return model.eval().to(torch.device(device)), tokenizer
+
+
+def _source(name: str) -> str | Path:
+    """A directory, or a hub id."""
+    if name in embedded.names():
+        return embedded.path(name)
+    path = Path(name).expanduser()
+    ships = f"moyu_ext ships {' and '.join(embedded.names())}"
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ConfigurationError(
+                f"{name} has no config.json; expected a directory that save_pretrained wrote. "
+                f"{ships}"
+            )
+        return path
+    close = difflib.get_close_matches(name, embedded.names(), n=1, cutoff=0.8)
+    if close:
+        raise ConfigurationError(f"there is no model {name!r}; did you mean {close[0]}?")
+    if path.exists() or name.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(name):
+        raise ConfigurationError(
+            f"there is no directory {name!r}; MODEL is a Hugging Face directory, a hub id such as "
+            f"meta-llama/Llama-3.2-1B, or a shipped model: {ships}"
+        )
+    return name
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ConfigurationError(f"--device is {device!r}; expected cpu or cuda") from error
+    if kind not in ("cpu", "cuda"):
+        raise ConfigurationError(f"--device is {device!r}; moyu_ext runs on cpu and cuda")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigurationError(
+            f"--device is {device!r}, but this torch ({torch.__version__}) sees no GPU; "
+            "`moyu env` prints what it sees"
+        )
+
+
+def _quiet_hub() -> None:
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()
+
+
+def _why_not(name: str, local: bool, error: Exception) -> str:
+    reason = " ".join(str(error).split())
+    reason = reason if len(reason) < 400 else f"{reason[:400]} ..."
+    if local:
+        return (
+            f"{name} does not load as a causal language model ({type(error).__name__}: {reason}); "
+            "expected config.json, weights and a tokenizer, as save_pretrained writes them"
+        )
+    return (
+        f"cannot get {name} from the Hugging Face hub ({reason}). Check the spelling and the "
+        f"network; or run `hf download {name} --local-dir DIR` where there is one and pass DIR; "
+        f"or use a shipped model: {' or '.join(embedded.names())}"
+    )
+
+
+def build_method(name: str | None, **options: Any) -> Method:
+    """The method of that name, with those of its options that are not None.
+
+    `thresholds` and `router` are directories. Without a name: the method that the artefact was made
+    for, else one that needs nothing. Raises ConfigurationError for options that the method lacks or
+    needs.
+    """
+    from ..calibration.thresholds import Thresholds
+    from ..methods import METHODS
+
+    given = {key: value for key, value in options.items() if value is not None}
+    default = _DEFAULT
+    if "thresholds" in given:
+        given["thresholds"] = Thresholds.from_pretrained(given["thresholds"])
+        default = given["thresholds"].method
+    if "router" in given:
+        from ..routers.router import Router
+
+        given["router"] = Router.from_pretrained(given["router"])
+        default = "roda"
+    name = default if name is None else name
+    if name not in METHODS:
+        raise ConfigurationError(f"--method is {name!r}; expected one of {', '.join(METHODS)}")
+    kind = METHODS[name]
+    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    if "thresholds" in given and "score" in fields:
+        given.setdefault("score", given["thresholds"].score)
+    for option in given.keys() - fields.keys():
+        takes = ", ".join(f"--{field}" for field in fields if field in options)
+        raise ConfigurationError(
+            f"--{option} does not go with {name}, which takes {takes or 'no options'}"
+        )
+    for field in fields.values():
+        if field.default is dataclasses.MISSING and field.name not in given:
+            raise ConfigurationError(_missing(name, field.name))
+    return kind(**given)
+
+
+def _missing(name: str, option: str) -> str:
+    if option == "thresholds":
+        return (
+            f"{name} needs calibrated thresholds: run `moyu calibrate MODEL --method {name} --out "
+            "DIR` first and pass --thresholds DIR"
+        )
+    if option == "router":
+        return (
+            f"{name} needs a trained router: run `moyu train-router MODEL --out DIR` first and "
+            "pass --router DIR"
+        )
+    return f"{name} needs {option}, which has no command line option yet; use it from Python"

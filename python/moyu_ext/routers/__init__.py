@@ -1,0 +1,1 @@
+"""Routers for RODA and RIDA: their artefacts, their training, and splitting MLPs into experts."""

@@ -1,0 +1,93 @@
+"""A directory with `moyu_config.json` and `moyu.safetensors`, written and read as one thing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from .._files import write_atomically
+from ..errors import ArtifactError
+
+CONFIG_FILE = "moyu_config.json"
+TENSOR_FILE = "moyu.safetensors"
+
+
+def save(
+    directory: str | os.PathLike[str],
+    kind: str,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Write both files, each atomically; the configuration names the other's checksum, so that an
+    interrupted save over an older artefact is found when it is loaded."""
+    content = safetensors.torch.save({name: t.contiguous() for name, t in tensors.items()})
+    whole = {"kind": kind, **config, "tensors_sha256": hashlib.sha256(content).hexdigest()}
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / TENSOR_FILE, content)
+    write_atomically(folder / CONFIG_FILE, (json.dumps(whole, indent=2) + "\n").encode())
+
+
+def load(
+    directory: str | os.PathLike[str], kind: str, version: int, again: str
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The configuration and the tensors. `again` says how to make the artefact anew.
+
+    Raises ArtifactError where a file is missing, truncated, corrupt, of another kind, from another
+    save or of another format version.
+    """
+    folder = Path(directory)
+    config = _config(folder, kind, version, again)
+    content = _read(folder / TENSOR_FILE, kind)
+    actual = hashlib.sha256(content).hexdigest()
+    if actual != config["tensors_sha256"]:
+        raise ArtifactError(
+            f"{folder / TENSOR_FILE} is truncated, corrupt or from another save: its SHA-256 is "
+            f"{actual}, {CONFIG_FILE} expects {config['tensors_sha256']}; {again}"
+        )
+    try:
+        return config, safetensors.torch.load(content)
+    except SafetensorError as error:
+        raise ArtifactError(
+            f"{folder / TENSOR_FILE} holds no tensors ({error}); {again}"
+        ) from error
+
+
+def _config(folder: Path, kind: str, version: int, again: str) -> dict[str, Any]:
+    path = folder / CONFIG_FILE
+    content = _read(path, kind)
+    try:
+        config = json.loads(content)
+    except ValueError as error:
+        raise ArtifactError(f"{path} is truncated or not JSON ({error}); {again}") from error
+    found = config.get("kind") if isinstance(config, dict) else None
+    if found != kind:
+        raise ArtifactError(
+            f"{path} describes {found or 'nothing known'}, expected {kind}; {again}"
+        )
+    if config.get("format_version") != version:
+        raise ArtifactError(
+            f"{path} has format version {config.get('format_version')!r}, this moyu_ext reads "
+            f"{version}; {again}, or use the moyu_ext that wrote it"
+        )
+    if "tensors_sha256" not in config:
+        raise ArtifactError(f"{path} lacks tensors_sha256; {again}")
+    return dict(config)
+
+
+def _read(path: Path, kind: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(
+            f"cannot read {path} ({error.strerror}); expected a folder with {CONFIG_FILE} and "
+            f"{TENSOR_FILE} of a saved {kind}"
+        ) from error

@@ -1,0 +1,107 @@
+"""`Experts`: the groups of neurons and the router of RIDA, one per layer, and their files."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ArtifactError, ConfigurationError
+from . import artifact
+
+FORMAT_VERSION = 1
+_AGAIN = "split the model again (`moyu split-experts MODEL`)"
+_TENSORS = ("assignment", "first", "second", "bias")
+
+
+@dataclass(frozen=True)
+class LayerExperts:
+    """Experts of one layer and the router that scores them: second tanh(first x) + bias.
+
+    assignment: int32 [f], the expert of each neuron; first: [h, d]; second: [E, h]; bias: [E].
+    `captured`: share of the squared neuron norms inside the half of the experts that the router
+    scores highest, on held-out text; `oracle`: inside the best half; `chance`: inside half of the
+    neurons at random.
+    """
+
+    assignment: Tensor
+    first: Tensor
+    second: Tensor
+    bias: Tensor
+    captured: float
+    oracle: float
+    chance: float
+
+    @property
+    def experts(self) -> int:
+        """E."""
+        return self.second.shape[0]
+
+    def scores(self, x: Tensor) -> Tensor:
+        """x [..., d] -> float32 [..., E]."""
+        return torch.tanh(x.float() @ self.first.t()) @ self.second.t() + self.bias
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of one model, layer by layer; `split` says how neurons were grouped."""
+
+    layers: tuple[LayerExperts, ...]
+    fingerprint: str
+    split: str
+    tokens: int
+    seed: int = 0
+    model: str = ""
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))
+        if not self.layers:
+            raise ConfigurationError("experts: expected at least one layer, got none")
+
+    def mean(self, field: str) -> float:
+        """Mean over layers of a number of `LayerExperts`, such as "captured"."""
+        return sum(getattr(layer, field) for layer in self.layers) / len(self.layers)
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write `moyu_config.json` and `moyu.safetensors`, each atomically."""
+        config: dict[str, Any] = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name != "layers"
+        }
+        numbers = [f.name for f in dataclasses.fields(LayerExperts) if f.name not in _TENSORS]
+        config["layers"] = [
+            {name: getattr(layer, name) for name in numbers} for layer in self.layers
+        ]
+        tensors = {
+            f"{index}.{name}": getattr(layer, name)
+            for index, layer in enumerate(self.layers)
+            for name in _TENSORS
+        }
+        artifact.save(directory, "experts", config, tensors)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike[str]) -> Experts:
+        """Read what `save_pretrained` wrote.
+
+        Raises ArtifactError where a file is missing, truncated, corrupt, from another save, or of
+        a format that this version does not read.
+        """
+        config, tensors = artifact.load(directory, "experts", FORMAT_VERSION, _AGAIN)
+        for extra in ("kind", "tensors_sha256"):
+            config.pop(extra)
+        try:
+            layers = []
+            for index, numbers in enumerate(config.pop("layers")):
+                fields = numbers | {name: tensors[f"{index}.{name}"] for name in _TENSORS}
+                layers.append(LayerExperts(**fields))
+            return cls(layers=tuple(layers), **config)
+        except (TypeError, KeyError, ConfigurationError) as error:
+            raise ArtifactError(
+                f"{directory} does not describe experts ({error}); {_AGAIN}"
+            ) from error

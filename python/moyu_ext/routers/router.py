@@ -1,0 +1,143 @@
+"""`Router`: the trained predictors of RODA, one per layer, and their files."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ArtifactError, ConfigurationError
+from . import artifact
+
+FORMAT_VERSION = 1
+QUANTILES = 201  # of the scores, kept so that a density can be asked for later
+_AGAIN = "train the router again (`moyu train-router MODEL`)"
+_TENSORS = ("first", "second", "bias", "quantiles")
+
+
+@dataclass(frozen=True)
+class LayerRouter:
+    """The predictor of one layer: scores(x) = second (first x) + bias, a logit per neuron.
+
+    first: [r, d]; second: [f, r]; bias: [f]; quantiles: `QUANTILES` evenly spaced quantiles of the
+    scores on validation text; all float32. Neuron i is predicted active where its score is at
+    least `threshold`. `recall`, `precision` and `density` are those at the threshold on held-out
+    text; `energy` the share of the active neurons' squared norms that was found; `labels` the share
+    of neurons that are active in truth.
+    """
+
+    first: Tensor
+    second: Tensor
+    bias: Tensor
+    quantiles: Tensor
+    threshold: float
+    recall: float
+    precision: float
+    density: float
+    energy: float
+    labels: float
+
+    @property
+    def rank(self) -> int:
+        """r, the width between the two linear layers."""
+        return self.first.shape[0]
+
+    def scores(self, x: Tensor) -> Tensor:
+        """x [..., d] -> float32 [..., f], computed in float32."""
+        return x.float() @ self.first.t() @ self.second.t() + self.bias
+
+    def threshold_for(self, density: float) -> float:
+        """The score that a share `density` of the scores on validation text reached."""
+        place = (1 - density) * (len(self.quantiles) - 1)
+        low = int(place)
+        high = min(low + 1, len(self.quantiles) - 1)
+        a, b = self.quantiles[low].item(), self.quantiles[high].item()
+        return a + (b - a) * (place - low)
+
+
+@dataclass(frozen=True)
+class Router:
+    """The routers of one model, layer by layer, and how they were trained.
+
+    cett: the labels are the neurons that TDA keeps at this target; recall: the target for choosing
+    the thresholds; tokens: number trained on; `fingerprint` that of the model's weights.
+    """
+
+    layers: tuple[LayerRouter, ...]
+    fingerprint: str
+    cett: float
+    recall: float
+    tokens: int
+    seed: int = 0
+    model: str = ""
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))
+        if not self.layers:
+            raise ConfigurationError("router: expected at least one layer, got none")
+
+    def mean(self, field: str) -> float:
+        """Mean over layers of a number of `LayerRouter`, such as "recall"."""
+        return sum(getattr(layer, field) for layer in self.layers) / len(self.layers)
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write `moyu_config.json` and `moyu.safetensors`, each atomically."""
+        config = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name != "layers"
+        }
+        config["layers"] = [
+            {
+                field.name: getattr(layer, field.name)
+                for field in dataclasses.fields(layer)
+                if field.name not in _TENSORS
+            }
+            for layer in self.layers
+        ]
+        tensors = {
+            f"{index}.{name}": getattr(layer, name)
+            for index, layer in enumerate(self.layers)
+            for name in _TENSORS
+        }
+        artifact.save(directory, "router", config, tensors)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike[str]) -> Router:
+        """Read what `save_pretrained` wrote.
+
+        Raises ArtifactError where a file is missing, truncated, corrupt, from another save, or of
+        a format that this version does not read.
+        """
+        config, tensors = artifact.load(directory, "router", FORMAT_VERSION, _AGAIN)
+        for extra in ("kind", "tensors_sha256"):
+            config.pop(extra)
+        try:
+            layers = tuple(
+                _layer(numbers, {name: tensors[f"{index}.{name}"] for name in _TENSORS})
+                for index, numbers in enumerate(config.pop("layers"))
+            )
+            return cls(layers=layers, **config)
+        except (TypeError, KeyError, ConfigurationError) as error:
+            raise ArtifactError(
+                f"{directory} does not describe a router ({error}); {_AGAIN}"
+            ) from error
+
+
+def _layer(numbers: dict[str, float], tensors: dict[str, Tensor]) -> LayerRouter:
+    everything: dict[str, Any] = {**numbers, **tensors}
+    return LayerRouter(**everything)
+
+
+def union(active: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Sets bool [rows, f] -> what the `given` plan takes: float32 [f], 1 in the union of the sets,
+    and the mask uint8 [rows, f] (None for one row)."""
+    if active.shape[0] == 1:
+        return active[0].float(), None
+    mask = active.to(torch.uint8)
+    return mask.amax(0).float(), mask

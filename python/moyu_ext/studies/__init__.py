@@ -1,0 +1,44 @@
+"""The paper's theory, figures and tables as commands: one file per study, found by this registry.
+
+A study module has `run(setting: Setting, report: Report) -> None`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from types import ModuleType
+
+from ..errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class Study:
+    """`name` on the command line; `module` here; `title` and `source` (of the paper) in reports."""
+
+    name: str
+    module: str
+    title: str
+    source: str
+
+    def load(self) -> ModuleType:
+        """The module with the study's `run`, imported when it is asked for."""
+        return importlib.import_module(f".{self.module}", __package__)
+
+
+# In the order in which `moyu study all` runs them.
+STUDIES: dict[str, Study] = {
+    study.name: study
+    for study in (
+        Study("gradient", "gradient", "Why activations shrink in training", "eq. 1-6"),
+        Study("inertia", "inertia", "Activation inertia", "section 3.2.2, Figures 1-4"),
+        Study("heavy-hitters", "heavy_hitters", "Heavy hitters", "section 3.2.2, Table 5"),
+    )
+}
+
+
+def find(name: str) -> Study:
+    """The study of this name. Raises ConfigurationError that lists the known ones."""
+    if name not in STUDIES:
+        raise ConfigurationError(f"study is {name!r}; expected one of {', '.join(STUDIES)}, all")
+    return STUDIES[name]

@@ -1,0 +1,189 @@
+// The low-bit shadow: estimates against float64 on codes packed here by the format's words in
+// moyu.h, and the MLP over the neurons that it names.
+#include <omp.h>
+
+#include "cpu_test_support.h"
+#include "test_cpu_kernels.h"
+
+using namespace moyu;
+
+namespace test {
+namespace {
+
+// Codes and scales of one matrix, [f, blocks * kShadowBlock] and [f, blocks].
+struct Quantized {
+  int bits;
+  std::vector<int> codes;
+  std::vector<Bf16> scales;
+};
+
+struct Records {
+  int64_t d, f, blocks;
+  Quantized gate, up;  // gate.bits is 0 without a gate
+  std::vector<uint8_t> bytes;
+};
+
+Quantized draw(int64_t f, int64_t d, int64_t blocks, int bits) {
+  Quantized q{bits, std::vector<int>(f * blocks * kShadowBlock, 0), {}};
+  for (int64_t i = 0; i < f; ++i)
+    for (int64_t j = 0; j < d; ++j)
+      q.codes[i * blocks * kShadowBlock + j] = int(random_bits() % (1u << bits));
+  for (double v : normal<float>(f * blocks, 1))
+    q.scales.push_back(rounded<Bf16>((0.5 + std::fabs(v)) / std::sqrt(double(d))));
+  return q;
+}
+
+// The bit `bit` of element e's code goes to the place that moyu.h names.
+void put(uint8_t* block, int bits, int64_t e, int code) {
+  const auto set = [&](int64_t byte, int64_t shift, int value) {
+    block[byte] = uint8_t(block[byte] | (value << shift));
+  };
+  if (bits == 4) return set(64 * (e / 128) + e % 64, 4 * (e / 64 % 2), code);
+  if (bits >= 2) set(e % 64, 2 * (e / 64), code & 3);
+  if (bits != 2) set((bits == 3 ? 64 : 0) + e % 32, e / 64 + 4 * (e / 32 % 2), code >> (bits - 1));
+}
+
+Records make_records(int64_t d, int64_t f, int bits_gate, int bits_up) {
+  const int64_t blocks = shadow_blocks(d), size = shadow_record_bytes(d, bits_gate, bits_up);
+  Records r{d, f, blocks, {0, {}, {}}, draw(f, d, blocks, bits_up), {}};
+  if (bits_gate) r.gate = draw(f, d, blocks, bits_gate);
+  r.bytes.assign(f * size, 0);
+  for (int64_t i = 0; i < f; ++i) {
+    uint8_t* at = r.bytes.data() + i * size;
+    for (const Quantized* q : {&r.gate, &r.up})
+      for (int64_t b = 0; q->bits && b < blocks; ++b, at += 32 * q->bits)
+        for (int64_t e = 0; e < kShadowBlock; ++e)
+          put(at, q->bits, e, q->codes[(i * blocks + b) * kShadowBlock + e]);
+    for (const Quantized* q : {&r.gate, &r.up})
+      for (int64_t b = 0; q->bits && b < blocks; ++b, at += 2)
+        std::memcpy(at, &q->scales[i * blocks + b], 2);
+  }
+  return r;
+}
+
+// Estimates of one matrix times x [rows, d], [rows, f]: x in int8 per block, then exact.
+template <class T>
+std::vector<Exact> estimates(const Quantized& q, const std::vector<T>& x,
+                             const std::vector<T>& bias, int64_t rows, int64_t d, int64_t f) {
+  const int64_t blocks = shadow_blocks(d);
+  std::vector<Exact> out;
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t i = 0; i < f; ++i) {
+      Sum sum;
+      for (int64_t b = 0; b < blocks; ++b) {
+        const int64_t begin = b * kShadowBlock, end = std::min(d, begin + kShadowBlock);
+        float largest = 0;
+        for (int64_t j = begin; j < end; ++j)
+          largest = std::max(largest, std::fabs(float(value_of(x[r * d + j]))));
+        const float step = largest / 127.0f;
+        const double scale = value_of(q.scales[i * blocks + b]) * step;
+        int64_t codes = 0, sum_x = 0;
+        double squares = 0;
+        for (int64_t j = begin; j < end; ++j) {
+          const auto xq =
+              step > 0 ? int64_t(std::nearbyint(float(value_of(x[r * d + j])) / step)) : 0;
+          const int64_t product = q.codes[i * blocks * kShadowBlock + j] * xq;
+          codes += product;
+          squares += double(product * product);
+          sum_x += xq;
+        }
+        // Two terms, since the kernel sums the codes and their zero point apart. Each is a product
+        // of three or four rounded factors.
+        for (double term : {double(codes), -0.5 * ((1 << q.bits) - 1) * double(sum_x)})
+          sum.add(scale * term, 4 * kUnit * scale * term);
+        // The lanes of a vector are exact integers, but their sum is one of up to 16 floats.
+        sum.add(0, 4 * kUnit * scale * std::sqrt(squares));
+      }
+      if (!bias.empty()) sum.add(value_of(bias[i]));
+      out.push_back(sum.exact());
+    }
+  return out;
+}
+
+template <class T>
+void shadow_case(int64_t rows, int64_t d, int64_t f, int bits_gate, int bits_up, bool biased,
+                 Activation activation, const std::string& isa) {
+  const Problem<T> p(rows, d, f, bits_gate > 0, biased, activation);
+  const std::string what =
+      isa + " " + p.text() + " bits " + std::to_string(bits_gate) + "/" + std::to_string(bits_up);
+  const Records records = make_records(d, f, bits_gate, bits_up);
+  const Arguments<T> a(p);
+  const Buffer<uint8_t> bytes(records.bytes);
+  std::vector<float> norms;
+  for (float v : normal<float>(f, 1)) norms.push_back(0.5f + std::fabs(v));
+  const Buffer<float> guarded_norms(norms), scores(rows * f);
+  const Buffer<float> workspace(cpu::shadow_workspace_floats(rows, d, f));
+  const Buffer<int32_t> counts(rows);
+  const Shadow shadow{bytes.data(), guarded_norms.data(), bits_gate, bits_up};
+
+  cpu::shadow_scores(a.mlp, shadow, scores.data(), workspace.data());
+  const std::vector<float> got = scores.read(what + " shadow_scores");
+  const auto up = estimates(records.up, p.x, p.up_bias, rows, d, f);
+  std::vector<Exact> expected;
+  if (bits_gate) {
+    const auto gate = estimates(records.gate, p.x, p.gate_bias, rows, d, f);
+    for (int64_t k = 0; k < rows * f; ++k) {
+      const Exact g = activated(activation, gate[k]), &u = up[k];
+      const double c = norms[k % f];
+      expected.push_back({std::fabs(g.value * u.value) * c,
+                          c * (g.error * std::fabs(u.value) + u.error * std::fabs(g.value) +
+                               16 * kUnit * std::fabs(g.value * u.value))});
+    }
+  } else {
+    for (int64_t k = 0; k < rows * f; ++k) {
+      const Exact u = activated(activation, up[k]);
+      const double c = norms[k % f];
+      expected.push_back({std::fabs(u.value) * c, c * (u.error + 16 * kUnit * std::fabs(u.value))});
+    }
+  }
+  check_close(got, expected, what + " shadow_scores");
+
+  // The sets follow from the scores as they came out; ties go to the lower index.
+  for (int64_t k : {int64_t(0), (f + 2) / 3, f}) {
+    std::vector<bool> active(rows * f, false);
+    for (int64_t r = 0; r < rows; ++r) {
+      std::vector<int64_t> order(f);
+      for (int64_t i = 0; i < f; ++i) order[i] = i;
+      std::stable_sort(order.begin(), order.end(),
+                       [&](int64_t i, int64_t j) { return got[r * f + i] > got[r * f + j]; });
+      for (int64_t n = 0; n < k; ++n) active[r * f + order[n]] = true;
+    }
+    const std::string top = what + " shadow_mlp top " + std::to_string(k);
+    cpu::shadow_mlp(a.mlp, shadow, nullptr, k, counts.data(), workspace.data());
+    check(counts.read(top) == std::vector<int32_t>(rows, int32_t(k)), top + ": counts");
+    check_close(a.out.read(top), p.output(active), top);
+  }
+  const float epsilon = got[random_bits() % got.size()];
+  std::vector<bool> active;
+  std::vector<int32_t> wanted(rows, 0);
+  for (int64_t k = 0; k < rows * f; ++k) {
+    active.push_back(!(got[k] < epsilon));
+    wanted[k / f] += active[k];
+  }
+  const Buffer<float> eps(std::vector<float>{epsilon});
+  cpu::shadow_mlp(a.mlp, shadow, eps.data(), 0, counts.data(), workspace.data());
+  check(counts.read(what) == wanted, what + " shadow_mlp threshold: counts");
+  check_close(a.out.read(what), p.output(active), what + " shadow_mlp threshold");
+  workspace.read(what + ": workspace");
+}
+
+}  // namespace
+
+void test_shadow(const std::vector<std::string>& isas) {
+  const int64_t sizes[][3] = {{1, 1, 1}, {1, 19, 111}, {13, 111, 19}, {2, 257, 300}, {7, 989, 65}};
+  for (const std::string& isa : isas) {
+    cpu::set_isa(isa.c_str());
+    for (int threads : {1, 3}) {
+      omp_set_num_threads(threads);
+      const std::string where = isa + ", " + std::to_string(threads) + " threads,";
+      for (const auto& [rows, d, f] : sizes)
+        for (int bits = 1; bits <= 4; ++bits) {
+          shadow_case<float>(rows, d, f, bits, 5 - bits, false, Activation::kSilu, where);
+          shadow_case<Bf16>(rows, d, f, bits, bits, true, Activation::kGelu, where);
+          shadow_case<Half>(rows, d, f, 0, bits, bits % 2 == 0, Activation::kRelu, where);
+        }
+    }
+  }
+}
+
+}  // namespace test
