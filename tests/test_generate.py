@@ -289,7 +289,9 @@ def test_several_tokens_of_several_sequences(
     for row in (0, 1):
         want = oracle.logits(dense, ids[row], c.rule, *oracle.roles(c.rule, 16, 12))
         torch.testing.assert_close(got[row], want, rtol=TOLERANCE, atol=TOLERANCE)
-    assert report(model).layers[0].tokens == 8
+    rows = report(model)
+    assert rows.layers[0].tokens == 8
+    assert rows.density == 0.5 or name != "srida"
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -537,7 +537,8 @@ def study_guard(data: Path, windows: int, models: list[str]) -> list[dict[str, A
                 print(
                     f"{name:12} {row['on']:24} {mode} {every:3} CETT {row['cett']:.3f} "
                     f"(the guard saw {row['seen']:.3f}) layers {min(row['layers']):.3f}.."
-                    f"{max(row['layers']):.3f} density {density:.3f} {100 * row['increase']:+.2f} %",
+                    f"{max(row['layers']):.3f} density {density:.3f} "
+                    f"{100 * row['increase']:+.2f} %",
                     flush=True,
                 )
     return rows

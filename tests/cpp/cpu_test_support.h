@@ -50,6 +50,8 @@ class Buffer {
     ::operator delete(memory_, std::align_val_t{64});
   }
 
+  // As before anything was written.
+  void reset() const { std::memset(data(), 0xff, n_ * sizeof(T)); }
   T* data() const { return reinterpret_cast<T*>(memory_ + kGuard); }
 
   // The elements; a failed check where a guard was written to.

@@ -88,11 +88,11 @@ class GatherCase {
       }
   }
 
-  void run(const std::string& where) const {
+  void run(const std::string& where, const Arguments<T>& a) const {
     const std::string what =
         where + p_.text() + " active " + std::to_string(set_.neurons.size()) + " gather_gemv";
     const int64_t capacity = p_.f;
-    const Arguments<T> a(p_);
+    a.out.reset();
     const Buffer<float> workspace = workspace_for(p_.rows, p_.d), out(p_.rows * capacity);
     cpu::gather_gemv(a.mlp.x, a.mlp.up, a.mlp.up_bias, set_.indices.data(), set_.count.data(),
                      out.data(), p_.rows, p_.d, capacity, Format<T>::dtype, workspace.data());
@@ -124,10 +124,10 @@ class SparseCase {
     expected_ = p.output(on);
   }
 
-  void run(const std::string& where) const {
+  void run(const std::string& where, const Arguments<T>& a) const {
     const std::string what = where + p_.text() + " active " + std::to_string(set_.neurons.size()) +
                              (mask_.empty() ? "" : " masked") + " sparse_mlp";
-    const Arguments<T> a(p_);
+    a.out.reset();
     const Buffer<uint8_t> mask(mask_);
     const Buffer<float> workspace = workspace_for(p_.rows, p_.d);
     const ActiveSet given{set_.indices.data(), set_.count.data(),
@@ -135,6 +135,7 @@ class SparseCase {
     cpu::sparse_mlp(a.mlp, given, workspace.data());
     const std::vector<T> first = a.out.read(what);
     check_close(first, expected_, what);
+    a.out.reset();
     cpu::sparse_mlp(a.mlp, given, workspace.data());
     check(same_bits(first, a.out.read(what)), what + ": the same bits in a second run");
     if (int64_t(set_.neurons.size()) == p_.f && mask_.empty()) {
@@ -172,11 +173,11 @@ class ThresholdCase {
     expected_ = p.output(on);
   }
 
-  void run(const std::string& where) const {
+  void run(const std::string& where, const Arguments<T>& a) const {
     const std::string what = where + p_.text() + (plan_ == Plan::kGate ? " gate" : " product") +
                              (scale_.empty() ? "" : " scaled") + " epsilon " +
                              std::to_string(epsilon_) + " threshold_mlp";
-    const Arguments<T> a(p_);
+    a.out.reset();
     const Buffer<float> scale(scale_), epsilon(std::vector<float>{epsilon_});
     const Buffer<float> workspace = workspace_for(p_.rows, p_.d);
     const Buffer<int32_t> counts(p_.rows);
@@ -221,6 +222,7 @@ void test_mlps(const std::vector<std::string>& isas) {
       const bool gated = turn % 4 != 3, biased = turn % 3 == 1;
       const Problem<T> p(rows, d, f, gated, biased, activations[turn % 5]);
       ++turn;
+      const Arguments<T> a(p);
       std::list<GatherCase<T>> gathers;
       std::list<SparseCase<T>> sparse;
       std::list<ThresholdCase<T>> thresholds;
@@ -239,9 +241,9 @@ void test_mlps(const std::vector<std::string>& isas) {
           cpu::set_isa(isa.c_str());
           omp_set_num_threads(threads);
           const std::string where = isa + ", " + std::to_string(threads) + " threads, ";
-          for (const auto& c : gathers) c.run(where);
-          for (const auto& c : sparse) c.run(where);
-          for (const auto& c : thresholds) c.run(where);
+          for (const auto& c : gathers) c.run(where, a);
+          for (const auto& c : sparse) c.run(where, a);
+          for (const auto& c : thresholds) c.run(where, a);
         }
     }
 }
@@ -260,7 +262,7 @@ void test_nan_and_extremes(const std::string& isa) {
   // Half subnormals in, and sums that only float32 can hold on the way.
   Problem<Half> tiny(2, 64, 48);
   for (Half& v : tiny.down_t) v = rounded<Half>(value_of(v) * 1e-6);
-  SparseCase<Half>(tiny, 48, false).run(isa + " subnormal ");
+  SparseCase<Half>(tiny, 48, false).run(isa + " subnormal ", Arguments<Half>(tiny));
 }
 
 void test_instruction_sets() {

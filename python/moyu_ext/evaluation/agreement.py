@@ -107,7 +107,11 @@ def compare(
     with patched(model, method):
         ours = continuation_logits(model, rows, context)
         density = report(model).density
-    targets = rows[:, context:].cpu()
+    return from_logits(dense, ours, rows[:, context:].cpu(), density)
+
+
+def from_logits(dense: Tensor, ours: Tensor, targets: Tensor, density: float) -> Comparison:
+    """The comparison from logits [n, m, vocabulary] that predict targets [n, m]."""
     reference, found = dense.log_softmax(-1), ours.log_softmax(-1)
     kl = F.kl_div(found, reference, reduction="none", log_target=True).sum(-1)
     return Comparison(

@@ -39,9 +39,7 @@ def load_items(data: Path, name: str, limit: int | None = None) -> list[Item]:
     Raises ConfigurationError for an unknown name or a file that is not there.
     """
     if name not in SETS:
-        raise ConfigurationError(
-            f"summary set is {name!r}; expected one of {', '.join(SETS)}"
-        )
+        raise ConfigurationError(f"summary set is {name!r}; expected one of {', '.join(SETS)}")
     path = data / "summ" / SETS[name]
     if not path.is_file():
         raise ConfigurationError(

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..errors import ConfigurationError, PatchStateError, UnsupportedModelError
 from ..methods.base import Method
+from ..methods.qrida import QRIDA
 from ..methods.srida import SRIDA
 from .families import check_hooks, find_mlps
 from .passes import Context, ScoringHooks, SequenceHooks, find_decoder, register
@@ -46,10 +47,11 @@ def patch(
 ) -> Model:
     """Let `method` decide which neurons the model's MLPs compute; in place, returns the model.
 
-    method: SRIDA(density=0.5) by default, which needs no calibration. layers: the indices of the
-    MLPs to patch (negative ones count from the end), all by default. The model keeps its parameters
-    and their names; W_down is laid out neuron-major, so memory peaks one W_down above the model's.
-    For inference on the device the model is on.
+    method: QRIDA() by default, which needs no calibration and keeps no state; on CUDA, where its
+    kernels do not exist yet, SRIDA(density=0.5). layers: the indices of the MLPs to patch (negative
+    ones count from the end), all by default. The model keeps its parameters and their names; W_down
+    is laid out neuron-major, so memory peaks one W_down above the model's (and QRIDA adds its
+    shadows). For inference on the device the model is on.
 
     Raises UnsupportedModelError for a model that it does not know, ConfigurationError for a method
     or layers that do not fit, ArtifactError for thresholds of another model, PatchStateError for a
@@ -62,10 +64,12 @@ def patch(
         )
     if any(isinstance(module, StandIn) for module in model.modules()):
         raise PatchStateError("the model is patched already; call moyu_ext.unpatch(model) first")
-    method = SRIDA() if method is None else method
+    if method is None:
+        on_cuda = any(parameter.is_cuda for parameter in model.parameters())
+        method = SRIDA() if on_cuda else QRIDA()
     if not isinstance(method, Method):
         raise ConfigurationError(
-            f"method is {method!r}; expected a method such as moyu_ext.SRIDA(density=0.5) or "
+            f"method is {method!r}; expected a method such as moyu_ext.QRIDA(density=0.33) or "
             "moyu_ext.STDA(thresholds)"
         )
     if model.training:

@@ -1,0 +1,212 @@
+"""The methods at several densities each: the points of the Pareto picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..calibration.calibrate import calibrate
+from ..calibration.text import encode_texts, longest_window, windows
+from ..calibration.thresholds import Thresholds
+from ..errors import ConfigurationError
+from ..methods.base import Method
+from ..methods.dense import Dense
+from ..methods.qrida import QRIDA
+from ..methods.rida import RIDA
+from ..methods.roda import RODA
+from ..methods.srida import SRIDA
+from ..methods.stda import STDA
+from ..methods.tda import TDA
+from ..patching.families import find_mlps, record_inputs
+from ..reference import ACTIVATIONS
+from ..routers.experts import Experts
+from ..routers.router import Router
+from ..routers.split import split_experts
+from ..routers.train import train_router
+
+TARGETS = (0.05, 0.1, 0.2, 0.35, 0.5)  # of CETT
+DENSITIES = (0.1, 0.2, 0.33, 0.5, 0.7)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One configuration: `curve` it belongs to, `setting` in words, and how to make the method."""
+
+    curve: str
+    setting: str
+    make: Callable[[], Method]
+
+    @property
+    def label(self) -> str:
+        """Curve and setting."""
+        return f"{self.curve}, {self.setting}" if self.setting else self.curve
+
+
+@dataclass
+class Workshop:
+    """Makes what methods need on one model, when it is asked for, once.
+
+    texts: to calibrate and train on, a list of strings or None for the model's own. router and
+    experts: where they are at hand already.
+    """
+
+    model: Any
+    tokenizer: Any
+    texts: Sequence[str] | None
+    seed: int = 0
+    tokens: int = 4096
+    router_tokens: int = 16384
+    router: Router | None = None
+    experts: Experts | None = None
+    log: Callable[[str], None] = lambda text: None
+    _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """The value for the key, made the first time."""
+        if key not in self._cache:
+            self._cache[key] = make()
+        return self._cache[key]
+
+    def thresholds(self, cett: float, method: str = "tda", on: str = "token") -> Thresholds:
+        """Calibrated at this target."""
+
+        def make() -> Thresholds:
+            self.log(f"calibrating {method} at CETT {cett}")
+            return calibrate(
+                self.model,
+                self.tokenizer,
+                self.texts,
+                cett=cett,
+                method=method,
+                on=on,
+                max_tokens=self.tokens,
+                progress=False,
+                seed=self.seed,
+            )
+
+        found: Thresholds = self.once((cett, method, on), make)
+        return found
+
+    def gate_quantiles(self, density: float) -> list[float]:
+        """CATS' thresholds: per layer the |act(gate x)| that a share `density` reaches."""
+        gates: Tensor = self.once("gates", self._gates)
+        at = round((1 - density) * (gates.shape[1] - 1))
+        return [float(value) for value in gates[:, at]]
+
+    def _gates(self) -> Tensor:
+        """1001 quantiles of |act(gate x)| per layer, on the calibration texts: [layers, 1001]."""
+        sites = find_mlps(self.model)
+        found: list[Tensor] = [torch.empty(0)] * len(sites)
+
+        def keep(index: int, x: Tensor) -> None:
+            w = sites[index].weights()
+            bias = w.up_bias if w.gate is None else w.gate_bias
+            gate = torch.nn.functional.linear(x, w.up if w.gate is None else w.gate, bias)
+            values = ACTIVATIONS[w.activation](gate).abs().float().flatten().sort().values
+            places = torch.linspace(0, len(values) - 1, 1001, dtype=torch.float64).round().long()
+            found[index] = values[places]
+
+        with torch.no_grad(), record_inputs(self.model, sites, keep):
+            self.model(input_ids=self.rows(), use_cache=False)
+        return torch.stack(found)
+
+    def rows(self, length: int = 128, count: int = 16) -> Tensor:
+        """Ids [<= count, length] of the calibration texts."""
+        if self.texts is None:
+            raise ConfigurationError("gate quantiles need calibration texts; pass --text or --data")
+        window = min(length, longest_window(self.model))
+        ids = encode_texts(self.tokenizer, self.texts, 4 * count * window, window)
+        whole = [row for row in windows(ids, 1 << 30, window) if len(row) == window][:count]
+        if not whole:
+            raise ConfigurationError(f"no calibration text has {window} tokens; pass longer texts")
+        return torch.tensor(whole)
+
+    def trained_router(self) -> Router:
+        """The router at hand, or one trained here."""
+
+        def make() -> Router:
+            self.log("training a router")
+            return train_router(
+                self.model,
+                self.tokenizer,
+                self.texts,
+                max_tokens=self.router_tokens,
+                progress=False,
+                seed=self.seed,
+            )
+
+        found: Router = self.once("router", lambda: self.router or make())
+        return found
+
+    def split(self, how: str) -> Experts:
+        """The experts at hand, if split like this, or a split made here."""
+        if self.experts is not None and self.experts.split == how:
+            return self.experts
+
+        def make() -> Experts:
+            self.log(f"splitting into experts: {how}")
+            return split_experts(
+                self.model,
+                self.tokenizer,
+                self.texts,
+                split=how,
+                max_tokens=self.router_tokens,
+                seed=self.seed,
+            )
+
+        found: Experts = self.once(("experts", how), make)
+        return found
+
+
+def points(shop: Workshop, names: Sequence[str] | None = None) -> list[Point]:
+    """Every curve of `CURVES`, or those named. Raises ConfigurationError for unknown names."""
+    for name in names or ():
+        if name not in CURVES:
+            raise ConfigurationError(f"method is {name!r}; expected one of {', '.join(CURVES)}")
+    return [point for name in names or CURVES for point in CURVES[name](shop)]
+
+
+def _by_target(curve: str, make: Callable[[float], Method]) -> list[Point]:
+    return [Point(curve, f"CETT {cett}", lambda cett=cett: make(cett)) for cett in TARGETS]  # type: ignore[misc]
+
+
+def _by_density(
+    curve: str, make: Callable[[float], Method], densities: Sequence[float] = DENSITIES
+) -> list[Point]:
+    return [Point(curve, f"density {d}", lambda d=d: make(d)) for d in densities]  # type: ignore[misc]
+
+
+CURVES: dict[str, Callable[[Workshop], list[Point]]] = {
+    "dense": lambda shop: [Point("dense", "", Dense)],
+    "tda": lambda shop: _by_target("TDA", lambda cett: TDA(shop.thresholds(cett))),
+    "cats": lambda shop: _by_density(
+        "TDA gate (CATS)", lambda d: TDA(shop.gate_quantiles(d), score="gate")
+    ),
+    "stda": lambda shop: [
+        *_by_target("sTDA, token eps", lambda cett: STDA(shop.thresholds(cett))),
+        *_by_target(
+            "sTDA, continuation eps",
+            lambda cett: STDA(shop.thresholds(cett, "stda", "continuation")),
+        ),
+    ],
+    "srida": lambda shop: _by_density("sRIDA", lambda d: SRIDA(d)),
+    "griffin": lambda shop: _by_density("sRIDA, GRIFFIN score", lambda d: SRIDA(d, "griffin")),
+    "qrida": lambda shop: _by_density("QRIDA, 2 bits", lambda d: QRIDA(d)),
+    "roda": lambda shop: [
+        Point("RODA", "trained recall", lambda: RODA(shop.trained_router())),
+        *_by_density("RODA", lambda d: RODA(shop.trained_router(), d)),
+    ],
+    "rida": lambda shop: [
+        point
+        for how in ("kmeans", "coactivation", "random")
+        for point in _by_density(
+            f"RIDA, {how}",
+            lambda d, how=how: RIDA(shop.split(how), d),  # type: ignore[misc]
+            (0.25, 0.5, 0.75),
+        )
+    ],
+}
