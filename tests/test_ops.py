@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from moyu_ext import _load, ops, reference
+from moyu_ext.patching.families import MlpWeights
+from moyu_ext.shadow.build import build_shadow
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SIZES = [(1, 1), (19, 7), (111, 64), (128, 111), (64, 989), (257, 300)]  # (d, f)
@@ -260,3 +262,9 @@ def test_opcheck():
     weights = [m[k] for k in ("gate", "up", "down_t", "gate_bias", "up_bias", "down_bias")]
     check(ops.sparse_mlp, (m["x"], *weights, indices, count, None, "silu"))
     check(ops.threshold_mlp, (m["x"], *weights, None, torch.tensor([0.1]), "silu", "gate"))
+    norms = reference.column_norms(m["down_t"])
+    names = ("gate", "up", "down_t", "gate_bias", "up_bias", "down_bias")
+    shadow = build_shadow(MlpWeights(*(m[k] for k in names), activation="silu"), 2, 2).data
+    check(ops.shadow_scores, (m["x"], shadow, norms, None, None, True, 2, 2, "silu"))
+    args = (m["x"], *weights, shadow, norms, None, 5, 2, 2, "silu")
+    check(ops.shadow_mlp, args)

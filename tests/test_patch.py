@@ -57,7 +57,10 @@ def test_unpatch_gives_the_same_modules_and_bits(
 def test_the_default_needs_nothing(family: str, tiny: Make, prompt: Prompt) -> None:
     model = patch(tiny(family))
     model.generate(prompt(12), max_new_tokens=6, do_sample=False)
-    assert report(model).density == 0.5
+    shown = report(model)
+    assert shown.method.startswith("QRIDA(")
+    f = shown.layers[0].f
+    assert shown.layers[0].density == round(0.33 * f) / f
 
 
 @BOTH
