@@ -91,7 +91,13 @@ class Build(cpp_extension.BuildExtension):
         if not target.exists() or target.stat().st_mtime < newest:
             archs = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHS]
             archs.append(f"-gencode=arch=compute_{CUDA_ARCHS[-1]},code=compute_{CUDA_ARCHS[-1]}")
-            command = [f"{CUDA}/bin/nvcc", "-O3", "-std=c++20", "-Xcompiler=-fPIC,-fvisibility=hidden", *archs]
+            command = [
+                f"{CUDA}/bin/nvcc",
+                "-O3",
+                "-std=c++20",
+                "-Xcompiler=-fPIC,-fvisibility=hidden",
+                *archs,
+            ]
             command += ["-c", source, "-o", str(target)]
             print(" ".join(command), flush=True)
             subprocess.run(command, check=True)

@@ -4,12 +4,12 @@ import csv
 import json
 import math
 import sys
+import time
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from moyu_ext import benchmarking, ops
 from moyu_ext.benchmarking import GEOMETRIES, BenchmarkError, Geometry, Machine, method_at
 from moyu_ext.benchmarking import machine as machines
 from moyu_ext.benchmarking.cases import PLANS, mlp_neurons
@@ -24,7 +24,7 @@ from moyu_ext.patching.families import find_mlps
 from torch import Tensor
 from typer.testing import CliRunner
 
-from moyu_ext import patch, reference, unpatch
+from moyu_ext import benchmarking, ops, patch, reference, unpatch
 
 LLAMA = Geometry("tiny", 64, 192, 3, 4, 2, 211)
 OPT = Geometry(
@@ -64,9 +64,11 @@ def test_columns_are_those_of_the_design() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("size", ["111,300", OPT])
 def test_every_plan_gives_checked_rows(size: Geometry | str, dtype: torch.dtype) -> None:
-    result = measure(size, dtype, plans=list(PLANS), densities=[1.0, 0.3], rows=[1, 3])
+    plans = [*list(PLANS)[:5], "shadow-2", "shadow-3", "scores-1", "scores-4"]
+    result = measure(size, dtype, plans=plans, densities=[1.0, 0.3], rows=[1, 3])
     got = [(row.rows, row.plan) for row in result.rows]
     one = ["dense", "dense-neuron-major", *2 * ["given"], *2 * ["gate"], *2 * ["product"]]
+    one += [*2 * ["shadow-2"], *2 * ["shadow-3"], "scores-1", "scores-4"]
     assert got == [(n, plan) for n in (1, 3) for plan in one]
     for row in result.rows:
         assert 0 <= row.max_rel_err < 0.02
@@ -75,7 +77,7 @@ def test_every_plan_gives_checked_rows(size: Geometry | str, dtype: torch.dtype)
         assert math.isclose(row.fraction_of_bandwidth, row.gbps / row.bandwidth_gbps)
         dense = next(r for r in result.rows if r.plan == "dense" and r.rows == row.rows)
         assert math.isclose(row.speedup_vs_dense, dense.median_us / row.median_us)
-        if row.plan in ("given", "gate", "product"):
+        if row.plan in ("given", "gate", "product", "shadow-2", "shadow-3"):
             assert row.density == 1.0 or abs(row.density - 0.3) < 0.05
     assert result.bandwidth_by_reader.keys() == machines._READERS.keys()
 
@@ -88,6 +90,12 @@ def test_bytes_are_what_a_plan_must_read() -> None:
     for row in rows.rows:
         whole, active = parts[row.plan]
         assert abs(row.bytes - (whole + active * row.density) * matrix) <= 0.01 * matrix
+    shadowed = measure("64,200", torch.bfloat16, plans=["shadow-2", "scores-2"], densities=[0.5])
+    record = 192  # two matrices of one block: 2 * 64 bytes of codes, 2 * 2 of scales, to a line
+    assert [row.bytes for row in shadowed.rows[1:]] == [
+        200 * record + 3 * matrix // 2,
+        200 * record,
+    ]
     assert mlp_neurons("product", 10, 100, gated=False) == 110  # W_in, then the active of W_out
     assert mlp_neurons("given", 10, 100, gated=True) == 30
 
@@ -102,8 +110,10 @@ def test_rows_have_sets_of_their_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("plan", "operator"), [("given", "sparse_mlp"), ("product", "threshold_mlp")]
-)
+    ("plan", "operator"),
+    [("given", "sparse_mlp"), ("product", "threshold_mlp"), ("shadow-2", "shadow_mlp"),
+     ("scores-2", "shadow_scores")],
+)  # fmt: skip
 def test_a_wrong_result_gives_no_row(
     monkeypatch: pytest.MonkeyPatch, plan: str, operator: str
 ) -> None:
@@ -184,11 +194,11 @@ def test_too_little_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("size", [LLAMA, OPT])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_decode_rows(size: Geometry, dtype: torch.dtype) -> None:
-    names = ["srida", "stda", "tda", "tda-gate", "dense"]
+    names = ["srida", "stda", "tda", "tda-gate", "dense", "qrida"]
     result = measure_decode(size, names, dtype)
-    plans = ["dense", "given", "given", "product", "gate", "dense"]
+    plans = ["dense", "given", "given", "product", "gate", "dense", "given"]
     assert [s.plan for s in result.sides] == plans
-    assert [row.name for row in result.rows] == 6 * ["decode", "prefill"]
+    assert [row.name for row in result.rows] == 7 * ["decode", "prefill"]
     for row in result.rows:
         assert 0 < row.max_rel_err < 0.02
         assert row.rows == (1 if row.name == "decode" else 20)
@@ -197,7 +207,9 @@ def test_decode_rows(size: Geometry, dtype: torch.dtype) -> None:
             assert 0.2 < row.density < 0.45
     for side in result.sides:
         assert 0 < side.mlp_share < 1
-    assert len(result.as_dict()["sides"]) == 6
+    srida, qrida = (result.rows[2 * k] for k in (1, 6))
+    assert qrida.bytes - srida.bytes == result.sides[6].shadow_bytes > 0
+    assert len(result.as_dict()["sides"]) == 7
     json.dumps(result.as_dict())
 
 
@@ -303,7 +315,7 @@ def test_csv_is_appended_and_guarded(tmp_path: Any) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["rows.csv"]
     other = tmp_path / "other.csv"
     other.write_text("a,b\n1,2\n")
-    with pytest.raises(ConfigurationError, match="other.csv has the columns"):
+    with pytest.raises(ConfigurationError, match="has the columns"):
         benchmarking.write_csv(other, [row()])
     assert other.read_text() == "a,b\n1,2\n"
     with pytest.raises(ConfigurationError, match="does not exist"):
@@ -332,6 +344,7 @@ def test_memory_watch_sees_the_peak_and_what_stays() -> None:
         kept = torch.ones(size // 4)
         for _ in range(2):
             temporary = torch.ones(size // 4)
+            time.sleep(0.05)
             del temporary
     assert memory.peak is not None and memory.lasting is not None
     assert abs(memory.peak - 2 * size) < size // 4

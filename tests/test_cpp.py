@@ -1,4 +1,4 @@
-"""The kernels without Python: builds tests/cpp and runs it, plain, with sanitizers, and for NEON."""
+"""The kernels without Python: tests/cpp is built and run, plain, with sanitizers, and for NEON."""
 
 import os
 import shutil
@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from moyu_ext import _load
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,7 +35,7 @@ def compiler() -> str:
 
 
 def build(target: str, preset: str, folder: Path) -> Path:
-    """The executable: by CMake, which rebuilds only what changed, or by one call of the compiler."""
+    """The executable: by CMake, which builds only what changed, or by one call of the compiler."""
     cxx = compiler()
     if shutil.which("cmake") and (shutil.which("make") or shutil.which("ninja")):
         run(["cmake", "--preset", preset])

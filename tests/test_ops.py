@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-
-from moyu_ext import _load, ops, reference
 from moyu_ext.patching.families import MlpWeights
 from moyu_ext.shadow.build import build_shadow
+
+from moyu_ext import _load, ops, reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SIZES = [(1, 1), (19, 7), (111, 64), (128, 111), (64, 989), (257, 300)]  # (d, f)
@@ -78,13 +78,22 @@ def plain_mlp(m, active, activation):
 @pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
 def test_sparse_mlp(isa, dtype, size, density):
     d, f = size
-    for rows, gated, bias in ((1, True, False), (3, False, True), (8, True, True), (13, True, False)):
+    for rows, gated, bias in (
+        (1, True, False),
+        (3, False, True),
+        (8, True, True),
+        (13, True, False),
+    ):
         m = make(d, f, rows, dtype, gated, bias)
         indices, count = pick(f, density)
         got = ops.sparse_mlp(**m, indices=indices, count=count, mask=None, activation="silu")
         exact = reference.sparse_mlp(
             **{k: None if v is None else v.double() for k, v in m.items()},
-            indices=indices, count=count, mask=None, activation="silu", dtype=torch.float64,
+            indices=indices,
+            count=count,
+            mask=None,
+            activation="silu",
+            dtype=torch.float64,
         )
         active = torch.zeros(f, dtype=torch.bool)
         active[indices[: int(count)].long()] = True
@@ -126,7 +135,11 @@ def test_threshold_mlp(isa, plan, dtype, size):
                 **m, scale=scale, epsilon=eps, activation="silu", plan=plan
             )
             active = reference.threshold_active(
-                **inputs, scale=scale, epsilon=eps, activation="silu", plan=plan,
+                **inputs,
+                scale=scale,
+                epsilon=eps,
+                activation="silu",
+                plan=plan,
                 dtype=torch.float64,
             )
             # A score within rounding of the threshold may fall on either side.
@@ -245,9 +258,7 @@ def test_unknown_names_raise():
     with pytest.raises(RuntimeError, match="'swish'"):
         ops.sparse_mlp(**m, indices=None, count=None, mask=None, activation="swish")
     with pytest.raises(RuntimeError, match="'down'"):
-        ops.threshold_mlp(
-            **m, scale=None, epsilon=torch.zeros(1), activation="silu", plan="down"
-        )
+        ops.threshold_mlp(**m, scale=None, epsilon=torch.zeros(1), activation="silu", plan="down")
 
 
 def test_opcheck():

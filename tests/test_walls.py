@@ -47,7 +47,9 @@ def test_there_is_something_to_look_at() -> None:
 
 
 def test_torch_headers_stay_in_the_extension() -> None:
-    outside = [p for p in files(*FOLDERS) if p.suffix != ".py" and ROOT / "moyu_ext" not in p.parents]
+    outside = [
+        p for p in files(*FOLDERS) if p.suffix != ".py" and ROOT / "moyu_ext" not in p.parents
+    ]
     assert offenders(outside, r'^\s*#\s*include\s*[<"](torch|ATen|c10)/') == []
 
 
@@ -60,7 +62,9 @@ def test_the_extension_folder_is_no_python_package() -> None:
 
 
 def test_no_build_for_one_machine() -> None:
-    build = [ROOT / name for name in ("setup.py", "CMakeLists.txt", "CMakePresets.json", "Makefile")]
+    build = [
+        ROOT / name for name in ("setup.py", "CMakeLists.txt", "CMakePresets.json", "Makefile")
+    ]
     sources = files("csrc", "moyu_ext", "benchmarks", "tools")
     assert offenders([p for p in build if p.exists()] + sources, r"-m(arch|cpu|tune)=native") == []
 

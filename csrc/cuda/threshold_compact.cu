@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kCompactThreads) threshold_compact_kernel(Comp
             static_cast<int32_t>(begin + w * 32 + lane);
     }
     found += round_total;
-    __syncthreads();  // the next round writes what this one reads
+    __syncthreads();  // the next round writes s.bits again; only where f > 65,536
   }
   for (int64_t i = found + threadIdx.x; i < p.f; i += kCompactThreads) indices[i] = 0;
   if (threadIdx.x == 0) p.count[blockIdx.x] = static_cast<int32_t>(found);

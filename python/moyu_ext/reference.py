@@ -170,7 +170,5 @@ def threshold_mlp(
     active = threshold_active(
         x, gate, up, gate_bias, up_bias, scale, epsilon, activation, plan, dtype
     )
-    out = masked_mlp(
-        x, gate, up, down_t, gate_bias, up_bias, down_bias, active, activation, dtype
-    )
+    out = masked_mlp(x, gate, up, down_t, gate_bias, up_bias, down_bias, active, activation, dtype)
     return out.to(x.dtype), active.sum(-1, dtype=torch.int32).reshape(-1)

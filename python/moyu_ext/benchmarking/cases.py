@@ -11,6 +11,9 @@ from torch import Tensor
 
 from .. import ops, reference
 from ..errors import ConfigurationError
+from ..shadow.reference import choose
+from ..shadow.reference import shadow_scores as plain_scores
+from .check import verify
 from .rows import BenchmarkError
 from .weights import MlpLayer
 
@@ -19,7 +22,7 @@ class Case(ABC):
     """One way of running the MLPs `layers` on x [rows, d], prepared at a density.
 
     operator: what does the work. active[k]: bool [rows, f], the neurons that each row uses in layer
-    k. bytes: the weights that one call must read, mean over layers.
+    k.
     """
 
     plan: ClassVar[str]
@@ -40,8 +43,9 @@ class Case(ABC):
     def call(self, k: int) -> Tensor:
         """Run layer k; this is what is timed."""
 
-    def verify_set(self, k: int) -> None:  # noqa: B027
-        """Raise BenchmarkError where the last call of layer k used another set than `active`."""
+    def verify(self, k: int, out: Tensor) -> float:
+        """The relative error of the last call of layer k; BenchmarkError where it is wrong."""
+        return verify(str(self), out, self.x, self.layers[k].weights, self.active[k])
 
     def all_active(self) -> None:
         """Let every row use every neuron."""
@@ -55,10 +59,15 @@ class Case(ABC):
 
     @property
     def bytes(self) -> int:
+        """The weights that one call must read, mean over layers."""
         w = self.layers[0].weights
-        union = sum(int(a.any(0).sum()) for a in self.active) / len(self.active)
-        neurons = mlp_neurons(self.plan, union, w.f, w.gated)
+        neurons = mlp_neurons(self.plan, self.union, w.f, w.gated)
         return round(neurons * w.d * w.up.element_size())
+
+    @property
+    def union(self) -> float:
+        """Neurons that some row uses, mean over layers."""
+        return sum(int(a.any(0).sum()) for a in self.active) / len(self.active)
 
     def __str__(self) -> str:
         return f"{self.plan} at density {self.density:.3f}, {self.x.shape[0]} rows"
@@ -80,10 +89,12 @@ class TorchDense(Case):
     operator = "torch"
 
     def prepare(self, generator: torch.Generator) -> None:
+        """See `Case`."""
         self.all_active()
         self.downs = [layer.down for layer in self.layers]
 
     def call(self, k: int) -> Tensor:
+        """See `Case`."""
         w = self.layers[k].weights
         act = reference.ACTIVATIONS[w.activation]
         h = F.linear(self.x, w.up, w.up_bias)
@@ -97,6 +108,7 @@ class TorchDenseNeuronMajor(TorchDense):
     plan = "dense-neuron-major"
 
     def prepare(self, generator: torch.Generator) -> None:
+        """See `Case`."""
         self.all_active()
         self.downs = [layer.weights.down_t.t() for layer in self.layers]
 
@@ -108,6 +120,7 @@ class Given(Case):
     operator = "sparse_mlp"
 
     def prepare(self, generator: torch.Generator) -> None:
+        """See `Case`."""
         f = self.layers[0].weights.f
         rows = self.x.shape[0]
         kept = max(1, round(self.asked * f))
@@ -124,6 +137,7 @@ class Given(Case):
             self.active.append(active)
 
     def call(self, k: int) -> Tensor:
+        """See `Case`."""
         w = self.layers[k].weights
         return ops.sparse_mlp(
             self.x, w.gate, w.up, w.down_t, w.gate_bias, w.up_bias, w.down_bias,
@@ -138,6 +152,7 @@ class Gate(Case):
     operator = "threshold_mlp"
 
     def prepare(self, generator: torch.Generator) -> None:
+        """See `Case`."""
         self.epsilons, self.scales = [], []
         for layer in self.layers:
             score, scale = self._score(layer)
@@ -157,6 +172,7 @@ class Gate(Case):
         return reference.ACTIVATIONS[w.activation](h).abs(), None
 
     def call(self, k: int) -> Tensor:
+        """See `Case`."""
         w = self.layers[k].weights
         out, self.last_counts = ops.threshold_mlp(
             self.x, w.gate, w.up, w.down_t, w.gate_bias, w.up_bias, w.down_bias,
@@ -164,13 +180,10 @@ class Gate(Case):
         )  # fmt: skip
         return out
 
-    def verify_set(self, k: int) -> None:
-        wanted = self.active[k].sum(1)
-        if not torch.equal(self.last_counts.long(), wanted):
-            raise BenchmarkError(
-                f"{self}: active neurons per row are {self.last_counts.tolist()}, the reference "
-                f"has {wanted.tolist()}; the row is not written"
-            )
+    def verify(self, k: int, out: Tensor) -> float:
+        """See `Case`; the numbers of active neurons must agree, too."""
+        _check_counts(str(self), self.last_counts, self.active[k])
+        return super().verify(k, out)
 
 
 class Product(Gate):
@@ -196,9 +209,115 @@ def _between(ordered: Tensor, place: int, reach: int = 16) -> float:
     return float(near[widest] + near[widest + 1]) / 2
 
 
+class ShadowMlp(Case):
+    """shadow_mlp: a shadow of `bits` bits names the top k, the exact MLP runs on them (qRIDA).
+
+    The set is the one that the operator's own scores give, and those are compared with plain
+    PyTorch's; two of nearly equal score may swap places between them.
+    """
+
+    plan = "shadow"
+    operator = "shadow_mlp"
+    bits: ClassVar[int] = 2
+
+    def prepare(self, generator: torch.Generator) -> None:
+        """See `Case`."""
+        self.kept = max(1, round(self.asked * self.layers[0].weights.f))
+        self.norms = [layer.weights.column_norms() for layer in self.layers]
+        self.shadows = [layer.shadow(self.bits) for layer in self.layers]
+        self.active = [choose(self.scores(k), None, self.kept) for k in range(len(self.layers))]
+
+    def scores(self, k: int) -> Tensor:
+        """The operator's estimate of every neuron's norm, float32 [rows, f]."""
+        w, s = self.layers[k].weights, self.shadows[k]
+        return ops.shadow_scores(
+            self.x, s.data, self.norms[k], w.gate_bias, w.up_bias, s.gated,
+            s.bits_gate, s.bits_up, w.activation,
+        )  # fmt: skip
+
+    def call(self, k: int) -> Tensor:
+        """See `Case`."""
+        w, s = self.layers[k].weights, self.shadows[k]
+        out, self.last_counts = ops.shadow_mlp(
+            self.x, w.gate, w.up, w.down_t, w.gate_bias, w.up_bias, w.down_bias, s.data,
+            self.norms[k], None, self.kept, s.bits_gate, s.bits_up, w.activation,
+        )  # fmt: skip
+        return out
+
+    def verify(self, k: int, out: Tensor) -> float:
+        """See `Case`; the scores and the numbers of active neurons are checked, too."""
+        self.verify_scores(k, self.scores(k))
+        _check_counts(str(self), self.last_counts, self.active[k])
+        return super().verify(k, out)
+
+    def verify_scores(self, k: int, scores: Tensor) -> float:
+        """Their relative error; BenchmarkError where float32 rounding does not explain it."""
+        w, s = self.layers[k].weights, self.shadows[k]
+        right = plain_scores(
+            self.x, s.data, self.norms[k], w.gate_bias, w.up_bias, s.gated,
+            s.bits_gate, s.bits_up, w.activation,
+        )  # fmt: skip
+        error = float((scores - right).abs().max() / right.abs().max())
+        if not error <= 1e-4:
+            raise BenchmarkError(
+                f"{self}: the scores are off by {error:.3e} of the largest; the row is not written"
+            )
+        return error
+
+    @property
+    def bytes(self) -> int:
+        """The shadow, and all three matrices' rows of the active neurons."""
+        w = self.layers[0].weights
+        exact = mlp_neurons("given", self.union, w.f, w.gated) * w.d * w.up.element_size()
+        return self.shadows[0].data.numel() + round(exact)
+
+
+class ShadowScores(ShadowMlp):
+    """shadow_scores alone: what a router of `bits` bits costs."""
+
+    plan = "scores"
+    operator = "shadow_scores"
+
+    def prepare(self, generator: torch.Generator) -> None:
+        """See `Case`."""
+        super().prepare(generator)
+        self.all_active()  # every neuron gets its score
+
+    def call(self, k: int) -> Tensor:
+        """See `Case`."""
+        return self.scores(k)
+
+    def verify(self, k: int, out: Tensor) -> float:
+        """See `Case`."""
+        return self.verify_scores(k, out)
+
+    @property
+    def bytes(self) -> int:
+        """The shadow alone."""
+        return self.shadows[0].data.numel()
+
+
+def _check_counts(what: str, counts: Tensor, active: Tensor) -> None:
+    wanted = active.sum(1)
+    if not torch.equal(counts.long(), wanted):
+        raise BenchmarkError(
+            f"{what}: active neurons per row are {counts.tolist()}, the reference has "
+            f"{wanted.tolist()}; the row is not written"
+        )
+
+
 PLANS: dict[str, type[Case]] = {
     case.plan: case for case in (TorchDense, TorchDenseNeuronMajor, Given, Gate, Product)
 }
+for _bits in (1, 2, 3, 4):
+    for _kind in (ShadowMlp, ShadowScores):
+        _plan = f"{_kind.plan}-{_bits}"
+        PLANS[_plan] = type(_kind.__name__, (_kind,), {"plan": _plan, "bits": _bits})
+
+
+def takes_density(kind: type[Case]) -> bool:
+    """Whether a case exists at several densities."""
+    return not issubclass(kind, (TorchDense, ShadowScores))
 
 
 def find_plan(name: str) -> type[Case]:

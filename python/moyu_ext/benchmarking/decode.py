@@ -20,11 +20,12 @@ from .cases import mlp_neurons
 from .check import verify
 from .geometries import Geometry, geometry
 from .machine import MIB, Bandwidth, Machine, MemoryWatch
-from .probes import Seen, mlp_clock, recorded
+from .probes import Seen, mlp_clock, recorded, shadow_of
 from .random_model import random_model, weight_bytes
 from .rows import Row, make_row, quantile
 
 DENSE_IMPL = "transformers eager"
+_SAMPLES = 4  # of the read bandwidth before each run
 _CLOCKED = 2  # steps per run in which the MLPs are timed
 
 
@@ -34,15 +35,16 @@ class Side:
 
     Times in microseconds: `prefill` per prompt, `step` per decoded token, `choose` the first step,
     in which a sequence-level method chooses the set, `mlp` of all MLPs in a decode step, and
-    `clocked` of those steps. prefill_error, error: relative errors of the MLPs' outputs. Of the
-    call of `patch`: the greatest extra memory and what stays, in bytes (None where unknown), and
-    seconds.
+    `clocked` of those steps. shadow_bytes: what qRIDA reads besides. prefill_error, error: relative
+    errors of the MLPs' outputs. Of the call of `patch`: the greatest extra memory and what stays,
+    in bytes (None where unknown), and seconds.
     """
 
     name: str
     plan: str
     method: Method | None
     density: float = 1.0
+    shadow_bytes: int = 0
     prefill_error: float = float("nan")
     error: float = float("nan")
     prefill: list[float] = field(default_factory=list)
@@ -159,10 +161,13 @@ def measure_decode(
                 if progress is not None:
                     progress(r * len(sides) + i, rounds * len(sides), side.name)
                 with _patched(model, side):
-                    bandwidth.sample()
+                    for _ in range(_SAMPLES):
+                        bandwidth.sample()
                     runner.run(side)
                     if r == 0:
                         runner.check(side)
+                        rules = [rule for site in runner.sites if (rule := shadow_of(site))]
+                        side.shadow_bytes = sum(x.router.shadow.data.numel() for x in rules)
     rows = []
     for side in sides:
         common: dict[str, Any] = {
@@ -182,7 +187,7 @@ def measure_decode(
                 density=side.density,
                 microseconds=side.step,
                 dense_microseconds=sides[0].step,
-                bytes=runner.bytes(side.plan, side.density),
+                bytes=runner.bytes(side.plan, side.density) + side.shadow_bytes,
                 max_rel_err=side.error,
             ),
             make_row(

@@ -17,8 +17,7 @@ from torch import Tensor
 from ..errors import ConfigurationError
 from ..methods.base import check_count, check_density
 from ..patching.families import DTYPES
-from .cases import Case, TorchDense, find_plan
-from .check import verify
+from .cases import Case, TorchDense, find_plan, takes_density
 from .geometries import Geometry, geometry
 from .machine import MIB, Bandwidth, Machine, require_memory
 from .rows import Row, make_row
@@ -69,8 +68,9 @@ def measure_mlp(
     from memory. Each round samples the read bandwidth. Each case's last result is checked against
     `reference` in float64 before its row is made. Medians are over `repeats` calls.
 
-    plans: "given", "gate", "product", and "dense-neuron-major", which is torch's dense MLP on the
-    layout that a patched model keeps. progress: called with (rounds done, rounds in all).
+    plans: "given", "gate", "product"; "shadow-b" (b = 1..4 bits) for qRIDA's operator and
+    "scores-b" for its shadow pass alone; "dense-neuron-major" for torch's dense MLP on the layout
+    that a patched model keeps. progress: called with (rounds done, rounds in all).
 
     Raises ConfigurationError for unknown names, impossible numbers and too little memory,
     BenchmarkError for a wrong result.
@@ -158,10 +158,8 @@ class _Timing:
 
     def error(self, i: int) -> float:
         """The relative error of case i's last timed result; BenchmarkError where it is wrong."""
-        case = self.cases[i]
         k, out = self._last[i]
-        case.verify_set(k)
-        return verify(str(case), out, case.x, case.layers[k].weights, case.active[k])
+        return self.cases[i].verify(k, out)
 
 
 def _cases(plans: Sequence[str], densities: Sequence[float]) -> list[tuple[type[Case], float]]:
@@ -170,7 +168,7 @@ def _cases(plans: Sequence[str], densities: Sequence[float]) -> list[tuple[type[
         check_density(density)
     found: list[tuple[type[Case], float]] = []
     for kind in map(find_plan, plans):
-        if not issubclass(kind, TorchDense):
+        if takes_density(kind):
             found += [(kind, density) for density in densities]
         elif kind is not TorchDense:
             found.append((kind, 1.0))

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import reference
+from .. import ops, reference
 from ..methods.base import TokenRule
+from ..methods.qrida import _ShadowRule
 from ..patching.families import MlpSite
 from ..patching.sparse_mlp import SparseMLP
+from ..shadow.reference import choose
 
 ROWS = 4  # of a forward whose results are kept
 
@@ -85,11 +87,26 @@ def active_neurons(site: MlpSite, x: Tensor, governed: bool = True) -> Tensor:
         assert current is not None and current.state is not None
         return current.state.layers[mlp.slot].mask.bool().clone()
     w = site.weights()
+    shadow = shadow_of(site)
+    if shadow is not None:
+        # By the operator's own scores: of two nearly equal ones plain PyTorch may keep the other.
+        s = shadow.router.shadow
+        scores = ops.shadow_scores(
+            x, s.data, shadow.router.norms, w.gate_bias, w.up_bias, s.gated,
+            s.bits_gate, s.bits_up, w.activation,
+        )  # fmt: skip
+        return choose(scores, shadow.epsilon, shadow.k)
     product = reference.activations(x, w.gate, w.up, w.gate_bias, w.up_bias, w.activation)
     gate = product
     if w.gate is not None:
         gate = reference.activations(x, None, w.gate, None, w.gate_bias, w.activation)
     return mlp.rule.active(x, gate, product)
+
+
+def shadow_of(site: MlpSite) -> _ShadowRule | None:
+    """The rule of an MLP that is patched with QRIDA."""
+    rule = site.entry.rule if isinstance(site.entry, SparseMLP) else None
+    return rule if isinstance(rule, _ShadowRule) else None
 
 
 @contextmanager

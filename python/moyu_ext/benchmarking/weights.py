@@ -6,12 +6,14 @@ rows of any matrix are equal: a kernel that reads the wrong one gives the wrong 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ..patching.families import MlpWeights
+from ..shadow.build import build_shadow
+from ..shadow.pack import Shadow
 from .geometries import Geometry
 
 _BLOCK = 4194301  # the largest prime below 2^22
@@ -52,12 +54,14 @@ class MlpLayer:
 
     weights: MlpWeights
     down: Tensor  # [d, f]
+    shadows: dict[int, Shadow] = field(default_factory=dict)
 
-    @property
-    def bytes(self) -> int:
-        """Bytes of the MLP's matrices."""
-        w = self.weights
-        return (3 if w.gated else 2) * w.up.numel() * w.up.element_size()
+    def shadow(self, bits: int) -> Shadow:
+        """The shadow of this many bits, built at the first call."""
+        if bits not in self.shadows:
+            gate_bits = bits if self.weights.gated else 0
+            self.shadows[bits] = build_shadow(self.weights, gate_bits, bits)
+        return self.shadows[bits]
 
 
 def mlp_layer(geometry: Geometry, filler: Filler) -> MlpLayer:

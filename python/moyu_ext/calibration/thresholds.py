@@ -87,7 +87,7 @@ class Thresholds:
         if len(self.bits) != (len(self.layers) if self.score == "shadow" else 0):
             raise ConfigurationError(
                 f"thresholds: bits has {len(self.bits)} entries for {len(self.layers)} layers and "
-                f"score {self.score!r}; expected one per layer for \"shadow\", else none"
+                f'score {self.score!r}; expected one per layer for "shadow", else none'
             )
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

@@ -18,7 +18,8 @@ from ..errors import MoyuError
 # In the order of `moyu --help`. Each is a module here with a function of its name, or with an `app`
 # where it has subcommands.
 _COMMANDS = (
-    "demo", "generate", "calibrate", "tune", "train_router", "eval", "bench", "study", "env",
+    "demo", "generate", "calibrate", "tune", "train_router", "split_experts", "eval", "bench",
+    "study", "env",
 )  # fmt: skip
 
 

@@ -54,10 +54,12 @@ def mlp(
             "--plan",
             "-p",
             help="When the active set is known: given (before the MLP: skips gate, up and down), "
-            "gate (behind the gate: skips up and down), product (behind gate and up: skips down). "
-            "dense-neuron-major: torch's dense MLP on the layout of a patched model. Repeatable.",
+            "gate (behind the gate: skips up and down), product (behind gate and up: skips down), "
+            "shadow-1 to shadow-4 (qRIDA with that many bits) and scores-1 to scores-4 (its shadow "
+            "alone). dense-neuron-major: torch's dense MLP on the layout of a patched model. "
+            "Repeatable.",
         ),
-    ] = ["given", "gate", "product"],  # noqa: B006
+    ] = ["given", "gate", "product", "shadow-2"],  # noqa: B006
     density: Annotated[
         list[float],
         typer.Option("--density", "-d", help="Fraction of neurons that are active. Repeatable."),
@@ -114,7 +116,8 @@ def decode(
         typer.Option(
             "--method",
             "-m",
-            help="srida, stda, tda, tda-gate, or dense: all neurons by our operator. Repeatable.",
+            help="qrida, srida, stda, tda, tda-gate, or dense (all neurons by our operator). "
+            "Repeatable.",
         ),
     ] = ["srida"],  # noqa: B006
     density: Annotated[

@@ -62,14 +62,14 @@ class Kept:
 def masked_inputs(
     model: Any, thresholds: Sequence[Sequence[float]], context: int
 ) -> Iterator[Kept]:
-    """Within the block, entries of the MLP projections' inputs below their threshold are zero at
+    """Within the block, entries of the MLP projections' inputs up to their threshold are zero at
     positions >= context of every row (inputs [batch, length, ...] only)."""
     count = Kept()
 
     def mask(threshold: float) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             x = args[0]
-            keep = x.abs() >= threshold
+            keep = x.abs() > threshold  # a zero costs nothing, so it is never kept
             keep[:, :context] = True
             count.kept += int(keep[:, context:].sum())
             count.all += keep[:, context:].numel()

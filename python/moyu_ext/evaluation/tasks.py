@@ -179,7 +179,7 @@ def governed_lm(model: Any, tokenizer: Any) -> Any:
     load_lm_eval()
     from lm_eval.models.huggingface import HFLM
 
-    class GovernedLM(HFLM):  # type: ignore[misc]
+    class GovernedLM(HFLM):
         """HFLM whose likelihood requests treat the context as a prompt."""
 
         def _loglikelihood_tokens(

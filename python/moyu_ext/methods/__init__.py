@@ -8,7 +8,9 @@ from .stda import STDA
 from .tda import TDA
 
 # The command line and the tests find methods here; a new one is one file and one entry.
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Dense, TDA, STDA, SRIDA, QRIDA)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (Dense, TDA, STDA, SRIDA, QRIDA)
+}
 
 __all__ = [
     "METHODS",

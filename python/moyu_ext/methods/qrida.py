@@ -269,8 +269,8 @@ def _check_device(device: torch.device) -> None:
     key = "CUDA" if device.type == "cuda" else "CPU"
     if not torch._C._dispatch_has_kernel_for_dispatch_key("moyu_ext::shadow_mlp", key):
         raise ConfigurationError(
-            f"QRIDA has no operator for {device} in this build; move the model to the CPU, or patch "
-            "with TDA or SRIDA"
+            f"QRIDA has no operator for {device} in this build; move the model to the CPU, or "
+            "patch with TDA or SRIDA"
         )
 
 

@@ -57,9 +57,11 @@ class RIDA(Method):
 
     @property
     def plan(self) -> str:
+        """See `Method`."""
         return "given"
 
     def validate(self, layers: int, fingerprint: Callable[[], str]) -> None:
+        """See `Method`."""
         count = len(self.experts.layers)
         if count != layers:
             raise ConfigurationError(
@@ -73,6 +75,7 @@ class RIDA(Method):
             )
 
     def bind(self, index: int, weights: MlpWeights) -> TokenRule:
+        """See `Method`."""
         return _Routed(self.experts.layers[index], self.density, weights)
 
 

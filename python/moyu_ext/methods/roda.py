@@ -60,9 +60,11 @@ class RODA(Method):
 
     @property
     def plan(self) -> str:
+        """See `Method`."""
         return "given"
 
     def validate(self, layers: int, fingerprint: Callable[[], str]) -> None:
+        """See `Method`."""
         count = len(self.router.layers)
         if count != layers:
             raise ConfigurationError(
@@ -77,6 +79,7 @@ class RODA(Method):
             )
 
     def bind(self, index: int, weights: MlpWeights) -> TokenRule:
+        """See `Method`."""
         return _Predicted(self.router.layers[index], self.density, weights)
 
 

@@ -1,0 +1,195 @@
+"""`moyu eval`: quality of methods against dense: perplexity, agreement, tasks, ROUGE."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import ConfigurationError
+from . import common
+from .train_router import make_directory
+
+if TYPE_CHECKING:
+    from ..evaluation.corpus import Corpus
+
+_STEM = "eval"
+
+
+def eval(
+    model: common.Model,
+    out: Annotated[
+        Path,
+        typer.Option(
+            metavar="DIR", help="Where table, picture and JSON go; a run that was cut goes on."
+        ),
+    ] = Path("eval"),
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="Comma-separated: dense, tda, cats, stda, srida, griffin, qrida, roda, rida. "
+            "Default: those that need no training."
+        ),
+    ] = None,
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated lm-eval tasks: mmlu, truthfulqa_mc1, truthfulqa_mc2, winogrande, "
+            "gsm8k, hellaswag, arc_easy, arc_challenge, piqa, openbookqa, social_iqa, boolq, "
+            "last_word."
+        ),
+    ] = "",
+    summaries: Annotated[
+        str, typer.Option(help="Comma-separated: xsum, xsum-1shot, cnn_dailymail (ROUGE).")
+    ] = "",
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Your own text; <|endoftext|> parts texts. One half calibrates, the other is "
+            "scored.",
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Data folder with bench, summ, train_mix (or MOYU_DATA)."),
+    ] = None,
+    router: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="From `moyu train-router`, for roda.")
+    ] = None,
+    experts: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="From `moyu split-experts`, for rida.")
+    ] = None,
+    context: Annotated[int, typer.Option(min=1, help="Prompt tokens of each text.")] = 64,
+    continuation: Annotated[int, typer.Option(min=1, help="Tokens scored behind it.")] = 96,
+    texts: Annotated[int, typer.Option(min=1, help="Texts scored.")] = 24,
+    written: Annotated[
+        int, typer.Option(min=0, help="Tokens the dense model writes, to see who agrees; 0: none.")
+    ] = 64,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Documents of each task and set, for a quick look.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="For calibration, training and intervals.")] = 0,
+    dtype: common.Dtype = "auto",
+    device: common.Device = "cpu",
+    json: common.Json = None,
+) -> None:
+    """Measure what each method costs in quality, at several densities.
+
+    Methods govern what they would govern in generation: a prompt runs dense and chooses the sets of
+    sequence-level methods, the tokens behind it are scored under the method.
+
+    \b
+    Examples
+        moyu eval stories_silu --out eval
+        moyu eval stories_relu --methods tda,srida,roda --router router
+        moyu eval ./Llama-2-7b-hf --tasks mmlu,winogrande --summaries xsum --limit 100 --data data
+    """
+    common.check_json(json)
+    make_directory(out)
+    from ..evaluation.corpus import Corpus
+
+    corpus = Corpus(data, text or ())
+    lm, tokenizer = common.load_model(model, dtype, device)
+    from ..evaluation import evaluate, picture
+    from ..evaluation.curves import CURVES, Workshop, points
+
+    shop = Workshop(lm, tokenizer, corpus.documents(train=True), seed=seed, log=_log)
+    if router is not None:
+        from ..routers.router import Router
+
+        shop.router = Router.from_pretrained(router)
+    if experts is not None:
+        from ..routers.experts import Experts
+
+        shop.experts = Experts.from_pretrained(experts)
+    names = _names(methods) or [n for n in CURVES if n not in ("roda", "rida")]
+    if router is not None and methods is None:
+        names.append("roda")
+    if experts is not None and methods is None:
+        names.append("rida")
+    rows, ids = _ids(lm, tokenizer, corpus, context, continuation, texts)
+    evaluation = evaluate.Evaluation(
+        lm,
+        tokenizer,
+        rows,
+        context,
+        new_tokens=written,
+        ids=ids,
+        tasks=_names(tasks),
+        data=corpus.data,
+        limit=limit,
+        summaries=_items(corpus, _names(summaries), limit),
+        seed=seed,
+        log=_log,
+    )
+    found = evaluate.run(
+        evaluation, points(shop, names), out / f"{_STEM}.json", reference=methods is None
+    )
+    picture.draw(found, out / f"{_STEM}.png", f"{model}: quality against density")
+    columns, cells = picture.table(found)
+    (out / f"{_STEM}.md").write_text(picture.markdown(columns, cells), encoding="utf-8")
+    _print(columns, cells)
+    typer.echo(f"\nWrote {out / _STEM}.json, .md and .png")
+    common.write_json(json, {"command": "eval", "model": model, "rows": found})
+
+
+def _names(text: str | None) -> list[str]:
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
+def _log(line: str) -> None:
+    typer.echo(f"  {line}", err=True)
+
+
+def _ids(
+    lm: Any, tokenizer: Any, corpus: Corpus, context: int, continuation: int, texts: int
+) -> tuple[Any, Any]:
+    """Rows to score, and one long text for the sliding window."""
+    import torch
+
+    from ..calibration.text import encode, windows
+
+    encoded = [encode(tokenizer, text) for text in corpus.documents()]
+    length = context + continuation
+    whole = [row for row in windows(encoded, 1 << 30, length) if len(row) == length]
+    if not whole:
+        raise ConfigurationError(
+            f"no text has {length} tokens (--context {context} --continuation {continuation}); "
+            "give longer texts with --text, or make these smaller"
+        )
+    if len(whole) < texts:
+        typer.echo(f"  only {len(whole)} texts of {length} tokens are at hand", err=True)
+    long = [i for row in encoded for i in row][: texts * length]
+    return torch.tensor(whole[:texts]), torch.tensor(long)
+
+
+def _items(corpus: Corpus, names: list[str], limit: int | None) -> dict[str, Any]:
+    if not names:
+        return {}
+    if corpus.data is None:
+        raise ConfigurationError(
+            "--summaries reads summ/ of the data folder: pass --data DIR, or set MOYU_DATA"
+        )
+    from ..evaluation.rouge import load_items, rouge
+
+    rouge([], [])  # a missing package is said now, rather than after the work
+    return {name: load_items(corpus.data, name, limit) for name in names}
+
+
+def _print(columns: list[str], cells: list[list[Any]]) -> None:
+    lines = [columns, *([_cell(cell) for cell in row] for row in cells)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    for line in lines:
+        parts = [
+            text.ljust(width) if i < 2 else text.rjust(width)
+            for i, (text, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        typer.echo("  ".join(parts).rstrip())
+
+
+def _cell(cell: Any) -> str:
+    if cell is None:
+        return "-"
+    return f"{cell:.3g}" if isinstance(cell, float) else str(cell)
