@@ -38,6 +38,7 @@ if tuple(int(n) for n in torch.__version__.split("+")[0].split(".")[:2]) < (2, 1
 CPU_SOURCES = [
     *(f"csrc/cpu/isa_{isa}.cpp" for isa in ("scalar", "avx2", "avx512", "avx512_bf16", "neon")),
     "csrc/cpu/dispatch.cpp",
+    "csrc/cpu/huge_pages.cpp",
     "moyu_ext/schemas.cpp",
     "moyu_ext/cpu_ops.cpp",
     "moyu_ext/module.cpp",

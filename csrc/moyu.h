@@ -108,6 +108,10 @@ size_t shadow_workspace_floats(int64_t rows, int64_t d, int64_t f);
 // Floats of scratch that each other call needs at the current thread count.
 size_t workspace_floats(int64_t rows, int64_t d);
 
+// Moves the whole 2 MB pages within [begin, begin + bytes) to huge pages where the system has them;
+// the contents stay. False where it does not, or where nothing that large lies within.
+bool use_huge_pages(const void* begin, size_t bytes);
+
 // Instruction sets: "scalar", "avx2", "avx512", "avx512_bf16", "neon".
 const char* isa_name();                     // the one in use
 int isa_list(const char** names, int max);  // those that this build has and this CPU runs

@@ -1,5 +1,7 @@
 """Operators against the float64 reference, with tolerances computed from plain PyTorch's error."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -279,3 +281,14 @@ def test_opcheck():
     check(ops.shadow_scores, (m["x"], shadow, norms, None, None, True, 2, 2, "silu"))
     args = (m["x"], *weights, shadow, norms, None, 5, 2, 2, "silu")
     check(ops.shadow_mlp, args)
+
+
+def test_huge_pages_leave_the_values() -> None:
+    tensor = torch.arange(5 << 20, dtype=torch.int32)
+    before = tensor.clone()
+    moved = ops.use_huge_pages(tensor)
+    assert torch.equal(tensor, before)
+    mode = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not mode.exists() or "[never]" in mode.read_text():
+        assert not moved
+    assert not ops.use_huge_pages(torch.zeros(8))  # nothing of 2 MB to move

@@ -46,9 +46,13 @@ inline QuantizedInput quantize_input(const T* x, int64_t rows, int64_t d, float*
   return {q, scale, offset, rows, blocks};
 }
 
-// out[r] = estimate of w . x[r] for R rows from r0 on.
+// Records are fetched this many ahead: the hardware stops at the end of a page, and without it the
+// pass runs at half the speed (Xeon of 2023).
+constexpr int64_t kRecordsAhead = 4;
+
+// out[r] = estimate of w . x[r] for R rows from r0 on; fetches what lies `ahead` bytes further on.
 template <int kBits, int R>
-MOYU_INLINE void shadow_dot_rows(const uint8_t* codes, const Bf16* scales,
+MOYU_INLINE void shadow_dot_rows(const uint8_t* codes, const Bf16* scales, int64_t ahead,
                                  const QuantizedInput& q, int64_t r0, float* out) {
   constexpr int64_t kBytes = 32 * kBits;
   constexpr float kZero = ((1 << kBits) - 1) * 0.5f;
@@ -59,9 +63,8 @@ MOYU_INLINE void shadow_dot_rows(const uint8_t* codes, const Bf16* scales,
     zero_point[r] = 0.0f;
   }
   for (int64_t b = 0; b < q.blocks; ++b) {
-    // Records lie one behind the other; a page ahead is what the hardware does not reach itself.
-    prefetch(codes + b * kBytes + 4096);
-    if constexpr (kBits > 2) prefetch(codes + b * kBytes + 4096 + 64);
+    prefetch(codes + b * kBytes + ahead);
+    if constexpr (kBits > 2) prefetch(codes + b * kBytes + ahead + 64);
     Bytes c[4];
     block_codes<kBits>(codes + b * kBytes, c);
     const float s = to_float(scales[b]);
@@ -80,20 +83,20 @@ MOYU_INLINE void shadow_dot_rows(const uint8_t* codes, const Bf16* scales,
 }
 
 template <int kBits>
-MOYU_INLINE void shadow_dot_bits(const uint8_t* codes, const Bf16* scales,
+MOYU_INLINE void shadow_dot_bits(const uint8_t* codes, const Bf16* scales, int64_t ahead,
                                  const QuantizedInput& q, float* out) {
   int64_t r = 0;
-  for (; r + 4 <= q.rows; r += 4) shadow_dot_rows<kBits, 4>(codes, scales, q, r, out + r);
-  for (; r < q.rows; ++r) shadow_dot_rows<kBits, 1>(codes, scales, q, r, out + r);
+  for (; r + 4 <= q.rows; r += 4) shadow_dot_rows<kBits, 4>(codes, scales, ahead, q, r, out + r);
+  for (; r < q.rows; ++r) shadow_dot_rows<kBits, 1>(codes, scales, ahead, q, r, out + r);
 }
 
-inline void shadow_dot(int bits, const uint8_t* codes, const Bf16* scales,
+inline void shadow_dot(int bits, const uint8_t* codes, const Bf16* scales, int64_t ahead,
                        const QuantizedInput& q, float* out) {
   switch (bits) {
-    case 1: return shadow_dot_bits<1>(codes, scales, q, out);
-    case 2: return shadow_dot_bits<2>(codes, scales, q, out);
-    case 3: return shadow_dot_bits<3>(codes, scales, q, out);
-    default: return shadow_dot_bits<4>(codes, scales, q, out);
+    case 1: return shadow_dot_bits<1>(codes, scales, ahead, q, out);
+    case 2: return shadow_dot_bits<2>(codes, scales, ahead, q, out);
+    case 3: return shadow_dot_bits<3>(codes, scales, ahead, q, out);
+    default: return shadow_dot_bits<4>(codes, scales, ahead, q, out);
   }
 }
 
@@ -140,13 +143,15 @@ inline void score_part(const Mlp& mlp, const Shadow& shadow, const QuantizedInpu
     for (int64_t k = 0; k < n; ++k) {
       const uint8_t* record = shadow.records + (begin + k) * bytes;
       const Bf16* scales = reinterpret_cast<const Bf16*>(record + scales_at);
+      const int64_t ahead = kRecordsAhead * bytes;
+      for (int64_t at = scales_at; at < bytes; at += 64) prefetch(record + ahead + at);
       if (shadow.bits_gate) {
-        shadow_dot(shadow.bits_gate, record, scales, q, estimate);
+        shadow_dot(shadow.bits_gate, record, scales, ahead, q, estimate);
         const float bias = bias_at(gate_bias, begin + k);
         for (int64_t r = 0; r < q.rows; ++r) g[r][k] = estimate[r] + bias;
         scales += blocks;
       }
-      shadow_dot(shadow.bits_up, record + up_at, scales, q, estimate);
+      shadow_dot(shadow.bits_up, record + up_at, scales, ahead, q, estimate);
       const float bias = bias_at(up_bias, begin + k);
       for (int64_t r = 0; r < q.rows; ++r) u[r][k] = estimate[r] + bias;
     }

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _load  # noqa: F401  registers torch.ops.moyu_ext
+from . import _load  # registers torch.ops.moyu_ext
 
 MAX_ROWS = 8
 """Rows that one pass over the weights serves (csrc/moyu.h: kMaxRows)."""
@@ -25,6 +25,18 @@ sparse_mlp = _ops.sparse_mlp.default
 threshold_mlp = _ops.threshold_mlp.default
 shadow_scores = _ops.shadow_scores.default
 shadow_mlp = _ops.shadow_mlp.default
+
+
+def use_huge_pages(tensor: Tensor) -> bool:
+    """Move a CPU tensor's memory to huge pages where the system has them; its values stay.
+
+    Rows gathered from 4 KB pages wait for page walks. Returns whether that was done; memory mapped
+    from a file stays as it is.
+    """
+    if tensor.device.type != "cpu":
+        return False
+    moved: bool = _load._C.use_huge_pages(tensor.data_ptr(), tensor.nbytes)
+    return moved
 
 
 @torch.library.register_fake("moyu_ext::threshold_compact")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..patching.families import MlpWeights
 from ..shadow.build import build_shadow
 from ..shadow.pack import Shadow
@@ -79,4 +80,7 @@ def mlp_layer(geometry: Geometry, filler: Filler) -> MlpLayer:
         down_bias=filler.draw(d, deviation=0.1) if biased else None,
         activation=geometry.activation,
     )
+    for weight in (weights.gate, weights.up, weights.down_t):
+        if weight is not None:
+            ops.use_huge_pages(weight)  # as in a patched model
     return MlpLayer(weights, down)

@@ -125,6 +125,9 @@ class SparseMLP(StandIn):
             if not down.data.t().is_contiguous():
                 down.data = down.data.t().contiguous().t()
             self.weights = self.site.weights()
+            for weight in (self.weights.gate, self.weights.up, self.weights.down_t):
+                if weight is not None:
+                    ops.use_huge_pages(weight)
 
     def _forget_weights(self, *_: Any) -> None:
         self.weights = None
