@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import torch
 from moyu_ext.errors import (
     UnsupportedModelError,
 )
-from moyu_ext.methods import SRIDA, STDA, TDA, Dense, Method
+from moyu_ext.methods import QRIDA, SRIDA, STDA, TDA, Dense, Method
 from moyu_ext.patching.patch import is_patched, patch, report, unpatch
 from moyu_ext.patching.sparse_mlp import SparseMLP
 from snapshot import snapshot
@@ -304,3 +306,27 @@ def test_report_counts_what_was_active(tiny: Make, prompt: Prompt) -> None:
     oracle.logits(dense, out[:20], oracle.Rule(count, True), governed, learned)
     got = [round(r.density * r.tokens * r.f) for r in report(model).layers]
     assert got == active
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "method", [Dense(), TDA(0.1), STDA(0.1), SRIDA(0.5), QRIDA(0.5)], ids=lambda m: m.name
+)
+def test_nothing_keeps_the_old_down_projection(tiny: Make, family: str, method: Method) -> None:
+    model = tiny(family)
+    layer = getattr(model.model, "decoder", model.model).layers[0]
+    old = (layer.fc2 if hasattr(layer, "fc2") else layer.mlp.down_proj).weight.data
+    patch(model, method)
+    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of deprecated attributes that are touched in passing
+        others = [
+            found
+            for found in gc.get_objects()
+            if isinstance(found, Tensor)
+            and found is not old
+            and found.layout == torch.strided
+            and found.data_ptr() == old.data_ptr()
+        ]
+    assert others == []
+    assert mlp_of(model).weights is not None

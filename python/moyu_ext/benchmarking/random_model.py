@@ -34,8 +34,9 @@ def random_model(
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     size = weight_bytes(model)
-    # One W_down more while it is patched, and room for the cache and the logits.
-    spare = geometry.d * geometry.f * dtype.itemsize + (512 << 20)
+    # One W_down more while it is patched, and room for the cache, the logits, the memory that tells
+    # the bandwidth, and a twelfth of the model for qRIDA's shadows.
+    spare = geometry.d * geometry.f * dtype.itemsize + (1 << 30) + size // 12
     require_memory(size + spare, f"{geometry.name} with {config.num_hidden_layers} layers")
     # The values of buffers are lost on meta. They do not depend on the number of layers.
     config.num_hidden_layers, kept = 0, config.num_hidden_layers

@@ -193,21 +193,22 @@ class _Router:
     def __init__(self, shadow: Shadow, weights: MlpWeights) -> None:
         self.shadow = shadow
         self.norms = weights.column_norms()
-        self.weights = weights
+        # Not the weights: patch lays W_down out anew, and they would keep the old one in memory.
+        self.biases = (weights.gate_bias, weights.up_bias)
+        self.activation = weights.activation
 
     def scores(self, x: Tensor) -> Tensor:
         """n^ of x [rows, d] in plain PyTorch, float32 [rows, f]: for many rows."""
-        s, w = self.shadow, self.weights
+        s = self.shadow
         return plain_scores(
             x,
             s.data,
             self.norms,
-            w.gate_bias,
-            w.up_bias,
+            *self.biases,
             s.gated,
             s.bits_gate,
             s.bits_up,
-            w.activation,
+            self.activation,
         )
 
 
