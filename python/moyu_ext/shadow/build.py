@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import ops
 from ..patching.families import MlpWeights
-from .pack import BLOCK, Codes, Shadow, blocks_of, check_bits, pack
+from .pack import BLOCK, Codes, Shadow, blocks_of, check_bits, pack, record_bytes
 
 # Step between levels for normally distributed weights of unit variance (Max 1960, table II), where
 # the search for the step begins. 1 bit needs no search: the best step is twice the mean |w|.
@@ -23,8 +24,19 @@ def build_shadow(weights: MlpWeights, bits_gate: int, bits_up: int) -> Shadow:
 
     Raises ConfigurationError for bits outside 1..4.
     """
-    gate = None if weights.gate is None else quantise(weights.gate.detach(), bits_gate)
-    return pack(gate, quantise(weights.up.detach(), bits_up), weights.d)
+    up, gate = weights.up.detach(), weights.gate
+    bits_gate = bits_gate if gate is not None else 0
+    for bits in (bits_gate, bits_up)[gate is None :]:
+        check_bits(bits)
+    width = record_bytes(weights.d, bits_gate, bits_up)
+    data = torch.empty(weights.f, width, dtype=torch.uint8, device=up.device)
+    ops.use_huge_pages(data)
+    rows = _rows(weights.d)
+    for start in range(0, weights.f, rows):  # the codes of whole matrices would be four times data
+        part = slice(start, start + rows)
+        codes = None if gate is None else quantise(gate.detach()[part], bits_gate)
+        data[part] = pack(codes, quantise(up[part], bits_up), weights.d).data
+    return Shadow(data, weights.d, bits_gate, bits_up)
 
 
 def quantise(weight: Tensor, bits: int) -> Codes:
@@ -41,7 +53,7 @@ def quantise(weight: Tensor, bits: int) -> Codes:
     blocks = blocks_of(d)
     codes = torch.zeros(f, blocks * BLOCK, dtype=torch.uint8, device=weight.device)
     scales = torch.zeros(f, blocks, dtype=torch.bfloat16, device=weight.device)
-    rows = max(1, _CHUNK // (blocks * BLOCK))
+    rows = _rows(d)
     for start in range(0, f, rows):
         part = weight[start : start + rows].float()
         part = F.pad(part.nan_to_num(0.0, 0.0, 0.0), (0, blocks * BLOCK - d))
@@ -51,6 +63,10 @@ def quantise(weight: Tensor, bits: int) -> Codes:
         scales[start : start + rows] = scale
     codes[:, d:] = 0
     return Codes(codes, scales, bits)
+
+
+def _rows(d: int) -> int:
+    return max(1, _CHUNK // (blocks_of(d) * BLOCK))
 
 
 def _fit(w: Tensor, bits: int, real: Tensor) -> tuple[Tensor, Tensor]:

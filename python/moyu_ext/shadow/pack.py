@@ -22,7 +22,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..errors import ConfigurationError
 
 BLOCK = 256
@@ -85,7 +84,6 @@ def pack(gate: Codes | None, up: Codes, d: int) -> Shadow:
     data = torch.zeros(
         f, record_bytes(d, bits_gate, up.bits), dtype=torch.uint8, device=up.codes.device
     )
-    ops.use_huge_pages(data)
     torch.cat(content, 1, out=data[:, : sum(part.shape[1] for part in content)])
     return Shadow(data, d, bits_gate, up.bits)
 
