@@ -56,30 +56,43 @@ MOYU_INLINE void shadow_dot_rows(const uint8_t* codes, const Bf16* scales, int64
                                  const QuantizedInput& q, int64_t r0, float* out) {
   constexpr int64_t kBytes = 32 * kBits;
   constexpr float kZero = ((1 << kBits) - 1) * 0.5f;
-  Vec acc[R];
-  float zero_point[R];
-  for (int r = 0; r < R; ++r) {
-    acc[r] = zero();
-    zero_point[r] = 0.0f;
-  }
-  for (int64_t b = 0; b < q.blocks; ++b) {
-    prefetch(codes + b * kBytes + ahead);
-    if constexpr (kBits > 2) prefetch(codes + b * kBytes + ahead + 64);
-    Bytes c[4];
-    block_codes<kBits>(codes + b * kBytes, c);
-    const float s = to_float(scales[b]);
-    for (int r = 0; r < R; ++r) {
-      const int64_t at = (r0 + r) * q.blocks + b;
-      const int8_t* x = q.x + at * kShadowBlock;
-      IntVec even = dot64(int_zero(), c[0], x), odd = dot64(int_zero(), c[1], x + 64);
-      even = dot64(even, c[2], x + 128);
-      odd = dot64(odd, c[3], x + 192);
-      const Vec scale = broadcast(s * q.scale[at]);
-      acc[r] = fma(to_vec(even), scale, fma(to_vec(odd), scale, acc[r]));
-      zero_point[r] += s * q.offset[at];
+  Vec acc[R], zero_point[R];
+  float scale[R][kLanes], rest[R] = {};
+  for (int r = 0; r < R; ++r) acc[r] = zero_point[r] = zero();
+  for (int64_t first = 0; first < q.blocks; first += kLanes) {
+    const int64_t n = std::min<int64_t>(kLanes, q.blocks - first);
+    if (n == kLanes) {
+      const Vec s = load(scales + first);
+      for (int r = 0; r < R; ++r) {
+        const int64_t at = (r0 + r) * q.blocks + first;
+        store(scale[r], fma(s, load(q.scale + at), zero()));
+        zero_point[r] = fma(s, load(q.offset + at), zero_point[r]);
+      }
+    } else {
+      for (int64_t b = 0; b < n; ++b) {
+        const float s = to_float(scales[first + b]);
+        for (int r = 0; r < R; ++r) {
+          const int64_t at = (r0 + r) * q.blocks + first + b;
+          scale[r][b] = s * q.scale[at];
+          rest[r] += s * q.offset[at];
+        }
+      }
+    }
+    for (int64_t b = 0; b < n; ++b) {
+      const uint8_t* block = codes + (first + b) * kBytes;
+      prefetch(block + ahead);
+      if constexpr (kBits > 2) prefetch(block + ahead + 64);
+      Bytes c[4];
+      block_codes<kBits>(block, c);
+      for (int r = 0; r < R; ++r) {
+        const int8_t* x = q.x + ((r0 + r) * q.blocks + first + b) * kShadowBlock;
+        IntVec total = dot64(int_zero(), c[0], x);
+        for (int t = 1; t < 4; ++t) total = dot64(total, c[t], x + 64 * t);
+        acc[r] = fma(to_vec(total), broadcast(scale[r][b]), acc[r]);
+      }
     }
   }
-  for (int r = 0; r < R; ++r) out[r] = sum(acc[r]) - kZero * zero_point[r];
+  for (int r = 0; r < R; ++r) out[r] = sum(acc[r]) - kZero * (sum(zero_point[r]) + rest[r]);
 }
 
 template <int kBits>
