@@ -11,9 +11,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from . import ops
 from .patching.families import MlpWeights
 from .reference import ACTIVATIONS
 
@@ -59,7 +59,8 @@ class LayerGuard:
         self._seen = 0
         self._turn = 0
         self._start = None if epsilon is None else epsilon.clone()
-        self._place = torch.arange(f, device=device)
+        self._place = torch.arange(f, dtype=torch.int32, device=device)
+        self._f = torch.tensor([f], dtype=torch.int32, device=device)
         self._sums = torch.zeros(2, dtype=torch.float64, device=device)
         self._tokens = 0
 
@@ -78,16 +79,17 @@ class LayerGuard:
         """Add one token: x [1, d], column norms [f], what the router chose bool [1, f]."""
         act = ACTIVATIONS[weights.activation]
         with torch.no_grad():
-            a = F.linear(x, weights.up, weights.up_bias)
-            a = (
-                act(a)
-                if weights.gate is None
-                else a * act(F.linear(x, weights.gate, weights.gate_bias))
-            )
+            every = self._place, self._f
+            a = ops.gather_gemv(x, weights.up, *every, weights.up_bias)
+            if weights.gate is None:
+                a = act(a)
+            else:
+                a = a * act(ops.gather_gemv(x, weights.gate, *every, weights.gate_bias))
             both = torch.cat([a.masked_fill(active, 0.0), a])  # one pass over W_down for the two
-            dropped, total = torch.linalg.vector_norm((both @ weights.down_t).float(), dim=-1)
+            outputs = ops.gather_gemv_t(both, weights.down_t, *every)
+            dropped, total = torch.linalg.vector_norm(outputs.float(), dim=-1)
             cett = torch.where(dropped == 0, dropped, dropped / total)
-            order = torch.sort(a.float().abs() * norms, dim=-1, descending=True).indices
+            order = torch.sort(a.abs() * norms, dim=-1, descending=True).indices
             chosen = active.sum()
             hits = (active.gather(-1, order) & (self._place < chosen)).sum()
             recall = torch.where(chosen > 0, hits / chosen, torch.ones_like(cett))
