@@ -117,7 +117,12 @@ def test_tuned_thresholds_keep_the_budget(
 ) -> None:
     model = tiny("llama")
     before = {name: p.clone() for name, p in model.named_parameters()}
-    tuned = tune(model, Letters(), texts, max_perplexity_increase=0.05, method=method, **SMALL)
+    steps: list[tuple[int, int]] = []
+    tuned = tune(
+        model, Letters(), texts, max_perplexity_increase=0.05, method=method, **SMALL,
+        progress=lambda text, done, total: steps.append((done, total)),
+    )  # fmt: skip
+    assert steps == [(i, len(steps)) for i in range(len(steps))] and len(steps) > 10
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert tuned.increase <= 0.05 and tuned.point.share < 1 and tuned.point.increase <= 0.05
     # Measured again, by other code, on the rows held out.

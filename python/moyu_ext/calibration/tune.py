@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -46,6 +47,8 @@ BITS = ((1, 1), (2, 1), (2, 2), (3, 3))
 _PROBES = (0.2, 0.45)
 _PROBE_ROWS = 8
 _TOKENS_PER_FORWARD = 4096
+# Of the budget, tried for the frontier; then _REFINE steps look for the largest that keeps it.
+_FACTORS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 _REFINE = 3
 # Saving less than this is no choice to offer.
 _WORTH = 0.02
@@ -111,7 +114,7 @@ def tune(
     continuation: int = 192,
     max_tokens: int = 16384,
     seed: int = 0,
-    progress: Callable[[str], None] = lambda text: None,
+    progress: Callable[[str, int, int], None] = lambda text, done, total: None,
 ) -> Tuned:
     """Per-layer thresholds whose perplexity in generation is at most `max_perplexity_increase`
     (0.01: one per cent) above dense, for the fewest bytes.
@@ -123,8 +126,8 @@ def tune(
 
     `texts`: as for `calibrate`. They are cut into rows of `context` tokens, which run dense, and
     `continuation` tokens, which are scored under the rule; shorter ones where the model has fewer
-    positions. `method`: "qrida", "tda", or a `TDA` (its score counts). `progress` is told each
-    step. The model is left as it was.
+    positions. `method`: "qrida", "tda", or a `TDA` (its score counts). `progress` is told
+    each step: what begins, steps done, steps in all. The model is left as it was.
 
     Raises ConfigurationError for values or text that cannot be used, and where no allocation that
     saves anything keeps the limit: it then names what the smallest one costs. PatchStateError for a
@@ -141,18 +144,25 @@ def tune(
         raise PatchStateError("the model is patched; call moyu_ext.unpatch(model) to tune it")
     if model.training:
         raise PatchStateError("the model is in training mode; call model.eval() to tune it")
+    steps = itertools.count()
+    total = len(sites) + len(_FACTORS) + _REFINE + 3  # text, curves, held-out text
+
+    def begin(text: str) -> None:
+        progress(text, next(steps), total)
+
     with torch.no_grad():
+        begin("the model writes text" if texts is None else "text")
         rows = _rows(model, tokenizer, texts, context + continuation, max_tokens, seed)
         half = len(rows) // 2
         run = _Run(model, sites, rows[:half], context, score, bits)
-        progress(f"curves of {len(sites)} layers")
+        begin(f"curves of {len(sites)} layers")
         run.measure_levels()
         for site in sites:
-            progress(f"loss of layer {site.index + 1} of {len(sites)}")
+            begin(f"loss of layer {site.index + 1} of {len(sites)}")
             run.probe(site.index)
         limit = max_perplexity_increase
-        point, chosen = run.search(limit, progress)
-        progress("held-out text")
+        point, chosen = run.search(limit, begin)
+        begin("held-out text")
         check = _Losses(model, rows[half:], context)
         increase, error = check.increase(run.method(chosen))
         while increase > limit:
@@ -382,7 +392,7 @@ class _Run:
     def search(self, limit: float, progress: Callable[[str], None]) -> tuple[Point, list[Level]]:
         """The allocation with the fewest bytes that keeps the limit on the tuning rows."""
         budget = math.log1p(limit)
-        for factor in (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0):
+        for factor in _FACTORS:
             progress(f"frontier, {factor:g} of the budget")
             self.try_budget(budget * factor)
         for _ in range(_REFINE):

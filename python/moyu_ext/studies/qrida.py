@@ -7,20 +7,15 @@ what each method needs for one quality.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..calibration.calibrate import calibrate
 from ..calibration.thresholds import Thresholds
-from ..methods.base import Method
-from ..methods.dense import Dense
 from ..methods.qrida import QRIDA
 from ..methods.srida import SRIDA
-from .heavy_hitters import losses
 from .parts import once
 from .qrida_rankings import (
     BITS,
@@ -37,12 +32,11 @@ from .qrida_rankings import (
     rankings,
     size,
 )
+from .qrida_text import Text, domains_of, percent
 from .report import Report
 from .setting import CETT, Setting, Subject
 
 DENSITIES = (0.5, 0.33, 0.2)
-# Models that were trained on more than the main domain.
-DOMAINS = {"mix4m_silu": ("stories", "news"), "mix4m_relu": ("stories", "news")}
 TARGETS = {"shadow 4 bits": 0.010, "shadow 2 bits": 0.015}  # perplexity over dense at 0.33
 RECALL = 0.85
 PROMPT = "prompt-chosen (sRIDA)"
@@ -50,42 +44,6 @@ SHOWN = (EXACT, CATS, SIGNS, "SVD, bytes of 2 bits", ROUTER, PROMPT, STATIC)
 SHADOWS = ("shadow 4 bits", "shadow 2 bits", "shadow 2 bits, fitted to text", "shadow 1 bit")
 _RECALL_ROWS = 4
 _VERSION = 1  # of what is measured; a change makes kept parts void
-
-
-class Text:
-    """Rows of one domain: held-out ones with the dense model's losses, and others to learn from."""
-
-    def __init__(self, setting: Setting, subject: Subject, domain: str) -> None:
-        self.subject, self.domain = subject, domain
-        self.context = setting.size(64, 16)
-        length = self.context + setting.size(192, 32)
-        self.rows = setting.rows(subject, length, setting.size(32, 4), domain)
-        self.documents = setting.corpus.documents(domain, train=True)
-        self.other = setting.rows(subject, length, setting.size(24, 4), domain, train=True)
-        self.dense = self._losses(Dense())[0]
-
-    def _losses(self, method: Method) -> tuple[Tensor, float]:
-        return losses(self.subject, method, self.rows, self.context, None)
-
-    def increase(self, method: Method) -> dict[str, float]:
-        """Of perplexity over dense, one standard error of it (over rows), realised density."""
-        found, density = self._losses(method)
-        change = found - self.dense
-        ratio = math.exp(change.mean().item())
-        error = ratio * change.std().item() / math.sqrt(len(change))
-        return {"increase": ratio - 1, "error": error, "density": density}
-
-    @property
-    def perplexity(self) -> float:
-        """Of the dense model."""
-        return math.exp(self.dense.mean().item())
-
-
-def domains_of(setting: Setting, subject: Subject) -> list[str]:
-    """The domains that a model is measured on."""
-    known = setting.corpus.domains()
-    wanted = [name for name in DOMAINS.get(subject.name, ()) if name in known]
-    return wanted or known[:1]
 
 
 def run(setting: Setting, report: Report) -> None:
@@ -122,16 +80,19 @@ def run(setting: Setting, report: Report) -> None:
     )
 
 
-def _measure(setting: Setting, subject: Subject, domain: str, with_recall: bool) -> dict[str, Any]:
+def _measure(setting: Setting, subject: Subject, domain: str, main: bool) -> dict[str, Any]:
+    """Of the main domain all there is, of another one the rankings that figures show."""
     setting.log(f"{subject.name} on {domain}")
     text = Text(setting, subject, domain)
-    candidates = rankings(setting, subject, text.documents, text.other)
+    candidates = rankings(setting, subject, text.documents if main else None, text.other)
+    if not main:
+        candidates = [r for r in candidates if r.label in (*SHADOWS, *SHOWN)]
     found: dict[str, Any] = {
         "dense perplexity": text.perplexity,
         "texts": len(text.rows),
         "tokens scored of each": text.rows.shape[1] - text.context,
     }
-    if with_recall:
+    if main:
         found["recall"] = _recall(text, candidates)
         found["at CETT 0.2"] = _at_cett(setting, text)
     quality: dict[str, Any] = {}
@@ -153,7 +114,7 @@ def _measure(setting: Setting, subject: Subject, domain: str, with_recall: bool)
 def _quality_report(report: Report, name: str, domain: str, found: dict[str, Any]) -> None:
     quality = found["quality"]
     rows = [
-        [label, *(_percent(p) for p in points), *(f"{p['bytes']:.3f}" for p in points)]
+        [label, *(percent(p) for p in points), *(f"{p['bytes']:.3f}" for p in points)]
         for label, points in quality.items()
     ]
     report.table(
@@ -168,10 +129,6 @@ def _quality_report(report: Report, name: str, domain: str, found: dict[str, Any
         f"{found['tokens scored of each']} scored tokens; +- one standard error.",
     )
     _frontier(report, name, domain, quality)
-
-
-def _percent(point: dict[str, float]) -> str:
-    return f"{100 * point['increase']:+.2f} % +- {100 * point['error']:.2f}"
 
 
 def _frontier(report: Report, name: str, domain: str, found: dict[str, Any]) -> None:
@@ -318,7 +275,7 @@ def _claims(report: Report) -> None:
         for name, domains in report.numbers.items():
             for domain, found in domains.items():
                 point = found["quality"][label][at]
-                measured.append(f"{name}, {domain} {_percent(point)}")
+                measured.append(f"{name}, {domain} {percent(point)}")
                 met.append((f"{name} on {domain}", point["increase"] <= limit))
         _verdict(
             report,
@@ -354,12 +311,13 @@ def _trinity(report: Report) -> None:
         if report.models[name]["activation"] == "relu":
             continue
         for domain, found in domains.items():
-            points = {k: found["quality"][k][at] for k in ("shadow 2 bits", EXACT, ROUTER, PROMPT)}
+            wanted = [k for k in ("shadow 2 bits", EXACT, ROUTER, PROMPT) if k in found["quality"]]
+            points = {k: found["quality"][k][at] for k in wanted}
             measured.append(
                 f"{name}, {domain}: "
-                + ", ".join(f"{label} {_percent(point)}" for label, point in points.items())
+                + ", ".join(f"{label} {percent(point)}" for label, point in points.items())
             )
-            shadow, *others = (points[k]["increase"] for k in ("shadow 2 bits", ROUTER, PROMPT))
+            shadow, _, *others = (point["increase"] for point in points.values())
             beaten.append(shadow < min(others))
     if measured:
         report.claim(

@@ -113,10 +113,10 @@ def activations_of(x: Tensor, w: MlpWeights) -> tuple[Tensor, Tensor]:
 
 
 def rankings(
-    setting: Setting, subject: Subject, documents: Sequence[str], rows: Tensor
+    setting: Setting, subject: Subject, documents: Sequence[str] | None, rows: Tensor
 ) -> list[Ranking]:
     """All rankings of one model. `documents` and `rows` (ids of the same kind of text) are what
-    those that need calibration or training learn from."""
+    those that need training or calibration learn from; None: without a trained router."""
     weights = [site.weights() for site in subject.sites]
     inputs = layer_inputs(subject, rows)
     matrices = 3 if weights[0].gated else 2
@@ -145,7 +145,8 @@ def rankings(
                 lambda r, share=share: r + share,  # type: ignore[misc]
             )
         )
-    found.append(_trained(setting, subject, documents, matrices))
+    if documents is not None:
+        found.append(_trained(setting, subject, documents, matrices))
     means = [_mean_square(x, w) for x, w in zip(inputs, weights, strict=True)]
     found.append(Ranking(STATIC, [_constant(m) for m in means], lambda r: r))
     return found
