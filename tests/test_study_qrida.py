@@ -118,7 +118,7 @@ def test_parts_are_measured_once(tmp_path: Path) -> None:
     assert len(calls) == 3
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-relu"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("llama-relu", marks=pytest.mark.slow)])
 def test_study_of_rankings(tiny, tmp_path: Path, name: str) -> None:
     setting = tiny_setting(tiny, tmp_path, (name,))
     for _ in range(2):  # the second time from its parts

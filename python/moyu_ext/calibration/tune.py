@@ -50,6 +50,7 @@ _TOKENS_PER_FORWARD = 4096
 # Of the budget, tried for the frontier; then _REFINE steps look for the largest that keeps it.
 _FACTORS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 _REFINE = 3
+_WIDER = 8
 # Saving less than this is no choice to offer.
 _WORTH = 0.02
 
@@ -148,7 +149,7 @@ def tune(
     total = len(sites) + len(_FACTORS) + _REFINE + 3  # text, curves, held-out text
 
     def begin(text: str) -> None:
-        progress(text, next(steps), total)
+        progress(text, min(next(steps), total - 1), total)
 
     with torch.no_grad():
         begin("the model writes text" if texts is None else "text")
@@ -220,10 +221,10 @@ def _rows(
 
 def _unmet(limit: float, increase: float, point: Point, where: str) -> ConfigurationError:
     return ConfigurationError(
-        f"max_perplexity_increase = {limit:.3%} cannot be met: the most careful choice tried saves "
-        f"{1 - point.share:.1%} of the MLPs' bytes (density {point.density:.2f}) and raises the "
-        f"perplexity by {increase:.3%} {where}. Allow {_ceil(increase):.2%}, or tune on more "
-        "text if that is within its noise"
+        f"max_perplexity_increase = {100 * limit:.3g}% cannot be met: the most careful choice "
+        f"tried saves {1 - point.share:.1%} of the MLPs' bytes (density {point.density:.2f}) and "
+        f"raises the perplexity by {increase:.3%} {where}. Allow {_ceil(increase):.2%}, or tune on "
+        "more text if that is within its noise"
     )
 
 
@@ -407,14 +408,19 @@ class _Run:
                 middle = math.sqrt(low * min(above))
             progress("the largest budget that keeps the limit")
             self.try_budget(middle)
-        kept = [p for p in self.tried if p.increase <= limit and 1 - p.share >= _WORTH]
+        for _ in range(_WIDER):  # a budget too small for any step says nothing of what can be met
+            if any(1 - p.share >= _WORTH for p in self.tried):
+                break
+            progress("the smallest budget that saves anything")
+            self.try_budget(16 * max(p.budget for p in self.tried))
+        worth = [p for p in self.tried if 1 - p.share >= _WORTH]
+        if not worth:
+            raise ConfigurationError(
+                f"max_perplexity_increase = {100 * limit:.3g}% leaves nothing to save: no layer of "
+                f"this model can skip {_WORTH:.0%} of its bytes at any loss; it cannot be tuned"
+            )
+        kept = [p for p in worth if p.increase <= limit]
         if not kept:
-            worth = [p for p in self.tried if 1 - p.share >= _WORTH]
-            if not worth:
-                raise ConfigurationError(
-                    f"max_perplexity_increase = {limit:.3%} leaves nothing to save: within it no "
-                    f"layer of this model can skip {_WORTH:.0%} of its bytes; allow more"
-                )
             careful = min(worth, key=lambda p: p.increase)
             raise _unmet(limit, careful.increase, careful, "on the tuning text")
         best = min(kept, key=lambda p: p.share)

@@ -145,6 +145,7 @@ def _frontier(report: Report, name: str, domain: str, found: dict[str, Any]) -> 
                 [max(100 * p["increase"], 0.05) for p in points],
                 marker="o" if label in SHADOWS else "x",
                 linestyle="-" if label in SHADOWS else "--",
+                color="black" if label == STATIC else None,
                 label=label,
             )
         axes.set_yscale("log")
@@ -249,6 +250,7 @@ def _recall_report(report: Report, name: str, domain: str, numbers: dict[str, An
                     found[label]["0.33"]["recall"],
                     marker="o" if label in SHADOWS else "x",
                     linestyle="-" if label in SHADOWS else "--",
+                    color="black" if label == STATIC else None,
                     label=label,
                 )
         axes.set_xlabel("layer")

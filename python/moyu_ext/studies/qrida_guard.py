@@ -38,7 +38,7 @@ CHINESE = "chinese"
 _PROMPT = 16
 _LENGTH = 256
 _SMOOTH = 256  # tokens that a curve is averaged over
-_VERSION = 1
+_VERSION = 2  # of what is measured; a change makes kept parts void
 
 
 def run(setting: Setting, report: Report) -> None:
@@ -135,7 +135,7 @@ def _decode(subject: Subject, method: QRIDA, rows: Tensor, dense: float) -> dict
         "density": used.density,
         "tokens": every.shape[1],
         "increase": math.exp(sum(losses) / len(losses) - dense) - 1,
-        "curve": _smooth(every.mean(0)).tolist(),
+        "curves": [_smooth(layer).tolist() for layer in every],
     }
 
 
@@ -219,26 +219,25 @@ def _table(report: Report, name: str, found: dict[str, Any]) -> None:
 
 
 def _figure(report: Report, name: str, found: dict[str, Any]) -> None:
-    target = found["target"]
-    count = len(found["texts"])
-    caption = f"CETT over the tokens decoded, {name}, mean over layers and {_SMOOTH} tokens"
-    with report.figure(f"cett_{name}", caption, 9, 2.2 * -(-count // 2) + 0.6) as figure:
-        grid = figure.subplots(-(-count // 2), min(2, count), squeeze=False, sharey=True)
-        for axes, (text, modes) in zip(grid.flat, found["texts"].items(), strict=False):
-            for mode, values in modes.items():
-                curve = values["curve"]
-                place = [_SMOOTH + 64 * i for i in range(len(curve))]
-                axes.plot(place, curve, label=f"guard: {mode}")
-            axes.axhline(target, color="grey", linewidth=1)
-            axes.axhspan((1 - WITHIN) * target, (1 + WITHIN) * target, color="grey", alpha=0.2)
-            axes.set_title(text, fontsize=9)
-            axes.set_ylim(0, 2.2 * target)
-        for axes in grid.flat[count:]:
-            axes.set_axis_off()
-        grid[0][0].legend(fontsize=7)
+    caption = f"CETT over its target, {name}, mean over {_SMOOTH} tokens; one line per layer"
+    texts = found["texts"]
+    with report.figure(f"cett_{name}", caption, 9, 2.0 * len(texts) + 0.5) as figure:
+        grid = figure.subplots(len(texts), len(MODES), squeeze=False, sharex=True, sharey=True)
+        for row, (text, modes) in zip(grid, texts.items(), strict=True):
+            for axes, (mode, values) in zip(row, modes.items(), strict=True):
+                for layer, (curve, target) in enumerate(
+                    zip(values["curves"], found["targets"], strict=True)
+                ):
+                    place = [_SMOOTH + 64 * i for i in range(len(curve))]
+                    axes.plot(place, [value / target for value in curve], label=f"layer {layer}")
+                axes.axhspan(1 - WITHIN, 1 + WITHIN, color="grey", alpha=0.2)
+                axes.set_title(f"{text}; guard: {mode}", fontsize=9)
+                axes.set_ylim(0.3, 1.8)
+        grid[0][0].legend(fontsize=6, ncols=2)
         for axes in grid[-1]:
             axes.set_xlabel("tokens decoded")
-        grid[0][0].set_ylabel("CETT")
+        for row in grid:
+            row[0].set_ylabel("CETT / target")
 
 
 def _claims(report: Report) -> None:
