@@ -193,13 +193,18 @@ def test_holds_cett_on_text_of_another_kind(data_dir: Path) -> None:
         # One token in 4, so that a short test has as many measurements as a long generation.
         moyu_ext.patch(model, QRIDA(thresholds, guard=mode, guard_every=4))
         with torch.no_grad():
-            for row in ids.view(5, 256):
+            for number, row in enumerate(ids.view(5, 256)):
                 cache = model(input_ids=row[None, :16], use_cache=True).past_key_values
                 for t in range(16, 256):
                     model(input_ids=row[None, t : t + 1], past_key_values=cache)
-                if row is ids.view(5, 256)[1]:
+                if number == 1:  # epsilon has settled
                     moyu_ext.report(model, reset=True)
-        results[mode] = moyu_ext.report(model).cett
+        layers = moyu_ext.report(model).layers
+        results[mode] = [
+            layer.guard.cett / target.cett - 1  # type: ignore[union-attr]
+            for layer, target in zip(layers, thresholds.layers, strict=True)
+        ]
         moyu_ext.unpatch(model)
-    assert abs(results["watch"] / 0.2 - 1) > 0.15
-    assert abs(results["hold"] / 0.2 - 1) < 0.15
+    # Layers drift up and down, so their mean may hide it.
+    assert max(abs(off) for off in results["watch"]) > 0.15
+    assert max(abs(off) for off in results["hold"]) < 0.15

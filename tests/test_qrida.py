@@ -356,6 +356,34 @@ def test_calibrated_thresholds_patch_save_and_load(
         moyu_ext.patch(tiny("llama", seed=1), QRIDA(back))
 
 
+# --- what it costs ---
+
+
+@pytest.mark.parametrize(
+    ("method", "known", "added"),
+    [
+        (QRIDA(0.25), 0, 192),  # 2 bits: two blocks of 64 bytes and the scales, whole cache lines
+        (QRIDA([0.25, 1.0, 0.25]), 0, 128),  # a dense layer has no shadow
+        (SRIDA(0.25), 0, 0),
+        (moyu_ext.TDA(0.5, score="gate"), 1, 0),
+        (moyu_ext.TDA(0.5), 2, 0),
+        (moyu_ext.Dense(), 0, 0),
+    ],
+)
+def test_report_tells_memory_and_bytes_read(
+    tiny: Make, prompt: Make, method: Any, known: int, added: int
+) -> None:
+    model = moyu_ext.patch(tiny("llama"), method)
+    generate(model, prompt(12))
+    report = moyu_ext.report(model)
+    assert report.added_bytes == 3 * 96 * added
+    dense = 3 * 3 * 96 * 32 * 4  # layers, matrices, f, d, float32
+    want = (known + (3 - known) * report.density) / 3 + report.added_bytes / dense
+    assert report.share == pytest.approx(want)
+    assert ("MiB added" in str(report)) == (want < 1)
+    assert f"{1 / want:.2f}x" in report.cost()
+
+
 # --- configuration ---
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -336,6 +337,23 @@ def test_saved_shadows_come_back_by_memory_map(saved: tuple[Shadows, Path]) -> N
     first = back.layers[0].data.untyped_storage().data_ptr()
     assert all(s.data.untyped_storage().data_ptr() == first for s in back.layers)  # one map
     assert os.listdir(folder) == [FILE]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc/self/maps")
+def test_the_file_is_mapped_rather_than_read(saved: tuple[Shadows, Path]) -> None:
+    _, folder = saved
+
+    def maps() -> list[tuple[int, int]]:
+        with open("/proc/self/maps") as lines:
+            mine = [line.split()[0] for line in lines if line.rstrip().endswith(str(folder / FILE))]
+        return [tuple(int(end, 16) for end in part.split("-")) for part in mine]  # type: ignore[misc]
+
+    assert maps() == []
+    back = Shadows.from_pretrained(folder, verify=False)
+    found = maps()
+    for shadow in back.layers:
+        begin = shadow.data.data_ptr()
+        assert any(low <= begin < begin + shadow.data.numel() <= high for low, high in found)
 
 
 def test_file_is_safetensors(saved: tuple[Shadows, Path]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -46,7 +47,10 @@ BITS = ((1, 1), (2, 1), (2, 2), (3, 3))
 _PROBES = (0.2, 0.45)
 _PROBE_ROWS = 8
 _TOKENS_PER_FORWARD = 4096
+# Of the budget, tried for the frontier; then _REFINE steps look for the largest that keeps it.
+_FACTORS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 _REFINE = 3
+_WIDER = 8
 # Saving less than this is no choice to offer.
 _WORTH = 0.02
 
@@ -111,7 +115,7 @@ def tune(
     continuation: int = 192,
     max_tokens: int = 16384,
     seed: int = 0,
-    progress: Callable[[str], None] = lambda text: None,
+    progress: Callable[[str, int, int], None] = lambda text, done, total: None,
 ) -> Tuned:
     """Per-layer thresholds whose perplexity in generation is at most `max_perplexity_increase`
     (0.01: one per cent) above dense, for the fewest bytes.
@@ -123,8 +127,8 @@ def tune(
 
     `texts`: as for `calibrate`. They are cut into rows of `context` tokens, which run dense, and
     `continuation` tokens, which are scored under the rule; shorter ones where the model has fewer
-    positions. `method`: "qrida", "tda", or a `TDA` (its score counts). `progress` is told each
-    step. The model is left as it was.
+    positions. `method`: "qrida", "tda", or a `TDA` (its score counts). `progress` is told
+    each step: what begins, steps done, steps in all. The model is left as it was.
 
     Raises ConfigurationError for values or text that cannot be used, and where no allocation that
     saves anything keeps the limit: it then names what the smallest one costs. PatchStateError for a
@@ -141,18 +145,25 @@ def tune(
         raise PatchStateError("the model is patched; call moyu_ext.unpatch(model) to tune it")
     if model.training:
         raise PatchStateError("the model is in training mode; call model.eval() to tune it")
+    steps = itertools.count()
+    total = len(sites) + len(_FACTORS) + _REFINE + 3  # text, curves, held-out text
+
+    def begin(text: str) -> None:
+        progress(text, min(next(steps), total - 1), total)
+
     with torch.no_grad():
+        begin("the model writes text" if texts is None else "text")
         rows = _rows(model, tokenizer, texts, context + continuation, max_tokens, seed)
         half = len(rows) // 2
         run = _Run(model, sites, rows[:half], context, score, bits)
-        progress(f"curves of {len(sites)} layers")
+        begin(f"curves of {len(sites)} layers")
         run.measure_levels()
         for site in sites:
-            progress(f"loss of layer {site.index + 1} of {len(sites)}")
+            begin(f"loss of layer {site.index + 1} of {len(sites)}")
             run.probe(site.index)
         limit = max_perplexity_increase
-        point, chosen = run.search(limit, progress)
-        progress("held-out text")
+        point, chosen = run.search(limit, begin)
+        begin("held-out text")
         check = _Losses(model, rows[half:], context)
         increase, error = check.increase(run.method(chosen))
         while increase > limit:
@@ -210,10 +221,10 @@ def _rows(
 
 def _unmet(limit: float, increase: float, point: Point, where: str) -> ConfigurationError:
     return ConfigurationError(
-        f"max_perplexity_increase = {limit:.3%} cannot be met: the most careful choice tried saves "
-        f"{1 - point.share:.1%} of the MLPs' bytes (density {point.density:.2f}) and raises the "
-        f"perplexity by {increase:.3%} {where}. Allow {_ceil(increase):.2%}, or tune on more "
-        "text if that is within its noise"
+        f"max_perplexity_increase = {100 * limit:.3g}% cannot be met: the most careful choice "
+        f"tried saves {1 - point.share:.1%} of the MLPs' bytes (density {point.density:.2f}) and "
+        f"raises the perplexity by {increase:.3%} {where}. Allow {_ceil(increase):.2%}, or tune on "
+        "more text if that is within its noise"
     )
 
 
@@ -382,7 +393,7 @@ class _Run:
     def search(self, limit: float, progress: Callable[[str], None]) -> tuple[Point, list[Level]]:
         """The allocation with the fewest bytes that keeps the limit on the tuning rows."""
         budget = math.log1p(limit)
-        for factor in (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0):
+        for factor in _FACTORS:
             progress(f"frontier, {factor:g} of the budget")
             self.try_budget(budget * factor)
         for _ in range(_REFINE):
@@ -397,14 +408,19 @@ class _Run:
                 middle = math.sqrt(low * min(above))
             progress("the largest budget that keeps the limit")
             self.try_budget(middle)
-        kept = [p for p in self.tried if p.increase <= limit and 1 - p.share >= _WORTH]
+        for _ in range(_WIDER):  # a budget too small for any step says nothing of what can be met
+            if any(1 - p.share >= _WORTH for p in self.tried):
+                break
+            progress("the smallest budget that saves anything")
+            self.try_budget(16 * max(p.budget for p in self.tried))
+        worth = [p for p in self.tried if 1 - p.share >= _WORTH]
+        if not worth:
+            raise ConfigurationError(
+                f"max_perplexity_increase = {100 * limit:.3g}% leaves nothing to save: no layer of "
+                f"this model can skip {_WORTH:.0%} of its bytes at any loss; it cannot be tuned"
+            )
+        kept = [p for p in worth if p.increase <= limit]
         if not kept:
-            worth = [p for p in self.tried if 1 - p.share >= _WORTH]
-            if not worth:
-                raise ConfigurationError(
-                    f"max_perplexity_increase = {limit:.3%} leaves nothing to save: within it no "
-                    f"layer of this model can skip {_WORTH:.0%} of its bytes; allow more"
-                )
             careful = min(worth, key=lambda p: p.increase)
             raise _unmet(limit, careful.increase, careful, "on the tuning text")
         best = min(kept, key=lambda p: p.share)

@@ -136,6 +136,8 @@ def generate(
         "new_tokens": run.ids.shape[-1] - context,
         "text": tokenizer.decode(run.ids[0], skip_special_tokens=True),
         "density": used.density,
+        "added_bytes": used.added_bytes,
+        "bytes_share": used.share,
         "guard_cett": used.cett,
         "guard_recall": used.recall,
         "tokens_per_second": run.tokens_per_second,
@@ -149,7 +151,7 @@ def generate(
         result["dense_tokens_per_second"] = dense.tokens_per_second
         result["speedup"] = run.tokens_per_second / dense.tokens_per_second
         result["agreement"] = agreement(ours, choices(lm, run.ids, context))
-    _summary(lm, result)
+    _summary(lm, result, used.cost() if used.share < 1 else None)
     common.write_json(json, result)
 
 
@@ -184,7 +186,7 @@ def _generate(
     return _Run(ids, times[1:])  # the first is the prompt itself
 
 
-def _summary(model: Any, result: dict[str, Any]) -> None:
+def _summary(model: Any, result: dict[str, Any], cost: str | None) -> None:
     lines = [
         "",
         f"method      {result['method']}",
@@ -192,6 +194,8 @@ def _summary(model: Any, result: dict[str, Any]) -> None:
         f"density     {_number(result['density'], '.1%')} of the neurons were computed per token",
         f"speed       {_number(result['tokens_per_second'], '.1f')} tokens/s",
     ]
+    if cost is not None:
+        lines.insert(4, f"cost        {cost}")
     if result["guard_cett"] == result["guard_cett"]:
         lines.insert(
             4,

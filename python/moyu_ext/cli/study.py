@@ -68,6 +68,9 @@ def study(
         routers         RODA and RIDA trained: recall, precision, density, quality
         pareto          every method: quality against realised density
         tables          tables 1-5 with the paper's own figures beside what is measured here
+        qrida           a router made of the weights, against every other way to rank neurons
+        qrida-bytes     top-k or thresholds, and each method's bytes at perplexity +1 %
+        qrida-guard     CETT on text of another kind, with the guard and without
         all             all of them, and findings.md
 
     \b

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -86,12 +89,7 @@ def tune(
         raise ConfigurationError(f"--score gate goes with --method tda, not with {method}")
     if bits is not None and method != "qrida":
         raise ConfigurationError(f"--bits goes with --method qrida, not with {method}")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigurationError(
-            f"--out {out} cannot be made a directory ({error.strerror}); name another"
-        ) from error
+    common.make_directory(out)
     lm, tokenizer = common.load_model(model, dtype, device)
     from ..calibration.tune import BITS
     from ..calibration.tune import tune as run
@@ -99,19 +97,20 @@ def tune(
     from .tune_figure import frontier
 
     kind: Any = TDA(0.0, score=score) if method == "tda" else method
-    tuned = run(
-        lm,
-        tokenizer,
-        texts,
-        max_perplexity_increase=limit,
-        method=kind,
-        bits=BITS if pairs is None else pairs,
-        context=context,
-        continuation=continuation,
-        max_tokens=max_tokens,
-        seed=seed,
-        progress=lambda text: typer.echo(f"tune: {text}", err=True),
-    )
+    with _steps() as progress:
+        tuned = run(
+            lm,
+            tokenizer,
+            texts,
+            max_perplexity_increase=limit,
+            method=kind,
+            bits=BITS if pairs is None else pairs,
+            context=context,
+            continuation=continuation,
+            max_tokens=max_tokens,
+            seed=seed,
+            progress=progress,
+        )
     tuned.save_pretrained(out)
     result: dict[str, Any] = {"command": "tune", "model": model} | dataclasses.asdict(tuned)
     if measure_speed:
@@ -120,6 +119,23 @@ def tune(
     _print(model, tuned, result.get("measured"))
     typer.echo(f'\nSaved to {out}. Next: moyu generate {model} --thresholds {out} -p "..."')
     common.write_json(json, result)
+
+
+@contextmanager
+def _steps() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr, or a line per step where that is no terminal."""
+    if not sys.stderr.isatty():
+        yield lambda text, done, total: typer.echo(f"tune: {done}/{total} {text}", err=True)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("tune: {task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda text, done, total: bar.update(
+            task, description=text, completed=done, total=total
+        )
 
 
 def percent(text: str) -> float:

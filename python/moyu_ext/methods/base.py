@@ -24,6 +24,8 @@ class TokenRule(ABC):
 
     guard: LayerGuard | None = None
     """Measures what the rule drops, where the rule is an estimate."""
+    added_bytes: int = 0
+    """What the rule keeps beside the weights and reads at each token, such as a shadow."""
 
     @abstractmethod
     def apply(self, x: Tensor, weights: MlpWeights) -> tuple[Tensor, Tensor]:

@@ -219,6 +219,7 @@ class _ShadowRule(TokenRule):
         self, router: _Router, epsilon: Tensor | None, k: int, guard: LayerGuard | None
     ) -> None:
         self.router = router
+        self.added_bytes = router.shadow.data.numel()
         self.epsilon = epsilon
         self.k = k
         self.guard = guard

@@ -89,6 +89,7 @@ class _Predicted(TokenRule):
         self.first = layer.first.to(device, dtype)
         self.second = layer.second.to(device, dtype)
         self.bias = layer.bias.to(device, torch.float32)
+        self.added_bytes = self.first.nbytes + self.second.nbytes + self.bias.nbytes
         threshold = layer.threshold if density is None else layer.threshold_for(density)
         self.threshold = torch.tensor([threshold], dtype=torch.float32, device=device)
         self.half = torch.tensor([0.5], dtype=torch.float32, device=device)

@@ -17,7 +17,7 @@ from ..methods.qrida import QRIDA
 from ..methods.srida import SRIDA
 from .families import check_hooks, find_mlps
 from .passes import Context, ScoringHooks, SequenceHooks, find_decoder, register
-from .report import LayerReport, Report
+from .report import LayerReport, Report, bytes_share
 from .sparse_mlp import Bypass, SparseMLP, StandIn, make_contiguous
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -140,6 +140,9 @@ def report(model: nn.Module, *, reset: bool = False) -> Report:
         density = active / (tokens * mlp.f) if tokens else float("nan")
         site = mlp.site
         guard = getattr(mlp.rule, "guard", None)
+        added = getattr(mlp.rule, "added_bytes", 0)
+        matrices = len(site.family.linears)
+        size = matrices * mlp.f * mlp.d * site.linear(site.family.up).weight.element_size()
         rows.append(
             LayerReport(
                 site.index,
@@ -150,6 +153,8 @@ def report(model: nn.Module, *, reset: bool = False) -> Report:
                 dense,
                 mlp.refreshes,
                 None if guard is None else guard.report(),
+                added,
+                bytes_share(patched.method.plan, density, matrices) + added / size,
             )
         )
         if reset:

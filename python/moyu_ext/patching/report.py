@@ -15,7 +15,9 @@ class LayerReport:
     density: active neurons / f over the governed tokens, NaN if there were none; tokens: positions
     that obeyed the method; dense_tokens: positions that ran with all neurons (prompts, fallbacks,
     padding included); refreshes: sets chosen, one per sequence and prompt; guard: the true CETT and
-    recall of what a router chose, where the method has one and its guard is on.
+    recall of what a router chose, where the method has one and its guard is on; added_bytes: memory
+    that the method keeps beside the weights; share: bytes read per governed token, those of
+    added_bytes included, of the dense MLP's weights.
     """
 
     index: int
@@ -26,6 +28,8 @@ class LayerReport:
     dense_tokens: int
     refreshes: int
     guard: GuardReport | None = None
+    added_bytes: int = 0
+    share: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -59,10 +63,33 @@ class Report:
         """Mean of the recall that guards measured, over tokens and layers; NaN where none did."""
         return self._measured("recall")
 
+    @property
+    def added_bytes(self) -> int:
+        """Memory that the method adds to the model's."""
+        return sum(layer.added_bytes for layer in self.layers)
+
+    @property
+    def share(self) -> float:
+        """Bytes read per governed token, of the dense MLPs' weights; NaN if there were none.
+
+        1 / share is the speed-up of the MLPs at one row if both run at the memory's bandwidth.
+        """
+        tokens = sum(layer.tokens for layer in self.layers)
+        if tokens == 0:
+            return math.nan
+        return sum(layer.share * layer.tokens for layer in self.layers if layer.tokens) / tokens
+
     def _measured(self, name: str) -> float:
         guards = [layer.guard for layer in self.layers if layer.guard and layer.guard.tokens]
         tokens = sum(guard.tokens for guard in guards)
         return sum(getattr(g, name) * g.tokens for g in guards) / tokens if tokens else math.nan
+
+    def cost(self) -> str:
+        """Memory and predicted speed in one sentence."""
+        return (
+            f"{self.added_bytes / 2**20:.2f} MiB added, {100 * self.share:.1f} % of the MLPs' "
+            f"bytes read per token: MLPs at most {1 / self.share:.2f}x as fast at one row"
+        )
 
     def __str__(self) -> str:
         guarded = not math.isnan(self.cett)
@@ -83,7 +110,16 @@ class Report:
         if guarded:
             mean += f"{'':>29}  {self.cett:>6.3f}  {_percent(self.recall):>7}"
         lines.append(mean)
+        if self.share < 1:
+            lines.append(self.cost())
         return "\n".join(lines)
+
+
+def bytes_share(plan: str, density: float, matrices: int) -> float:
+    """Of the weights of an MLP with this many matrices, what a plan reads at a density: matrices
+    that it needs to know the set are read in full."""
+    known = {"gate": 1, "product": matrices - 1}.get(plan, 0)
+    return (known + (matrices - known) * density) / matrices
 
 
 def _percent(density: float) -> str:

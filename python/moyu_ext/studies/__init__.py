@@ -33,6 +33,9 @@ STUDIES: dict[str, Study] = {
         Study("gradient", "gradient", "Why activations shrink in training", "eq. 1-6"),
         Study("inertia", "inertia", "Activation inertia", "section 3.2.2, Figures 1-4"),
         Study("heavy-hitters", "heavy_hitters", "Heavy hitters", "section 3.2.2, Table 5"),
+        Study("qrida", "qrida", "A router made of the weights", "beyond the paper"),
+        Study("qrida-bytes", "qrida_bytes", "What the bytes buy", "beyond the paper"),
+        Study("qrida-guard", "qrida_guard", "The guard on shifted text", "beyond the paper"),
     )
 }
 
