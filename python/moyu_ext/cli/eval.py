@@ -9,7 +9,6 @@ import typer
 
 from ..errors import ConfigurationError
 from . import common
-from .train_router import make_directory
 
 if TYPE_CHECKING:
     from ..evaluation.corpus import Corpus
@@ -87,7 +86,7 @@ def eval(
         moyu eval ./Llama-2-7b-hf --tasks mmlu,winogrande --summaries xsum --limit 100 --data data
     """
     common.check_json(json)
-    make_directory(out)
+    common.make_directory(out)
     from ..evaluation.corpus import Corpus
 
     corpus = Corpus(data, text or ())
