@@ -140,6 +140,31 @@ def test_numbers_are_those_of_held_out_text(trained) -> None:
     assert torch.allclose(layer.rate, active.mean(0), atol=1e-5)
 
 
+def test_the_parts_share_no_text(tiny) -> None:
+    """Long texts are cut into windows; all windows of a text belong to one part."""
+    from moyu_ext.routers.data import read_windows
+
+    texts = [text(600, seed) for seed in range(12)]  # three windows of at most 256 each
+    parts = read_windows(tiny(), WordTokenizer(), texts, 1 << 20, 0)
+    groups = (parts.train, parts.validation, parts.test)
+    assert sum(len(row) for part in groups for row in part) == 12 * 601
+    encoded = [WordTokenizer().encode(t) for t in texts]
+
+    def sources(rows: list[list[int]]) -> set[int]:
+        return {
+            i
+            for row in rows
+            for i, ids in enumerate(encoded)
+            if any(ids[at : at + len(row)] == row for at in (0, 256, 512))
+        }
+
+    found = [sources(part) for part in groups]
+    assert sum(map(len, found)) == 12 and len(set.union(*found)) == 12
+    # One text: its windows have to be divided.
+    alone = read_windows(tiny(), WordTokenizer(), texts[:1], 1 << 20, 0)
+    assert alone.train and alone.validation and alone.test
+
+
 def test_the_threshold_meets_the_recall_on_validation_text(trained) -> None:
     model, _ = trained
     low, high = make(model, recall=0.6), make(model, recall=0.97)
