@@ -186,6 +186,15 @@ def test_the_user_s_artefacts_are_part_of_the_key(tiny) -> None:
     assert first[0].basis != second[0].basis and first[3].basis == second[3].basis == ""
 
 
+def test_gate_quantiles_drop_what_relu_makes_zero(tiny, prompt) -> None:
+    """Half of the gates of a random ReLU model are zero: asked for 70 %, the other half is kept."""
+    for name, wanted in (("llama-relu", 0.5), ("llama", 0.7)):
+        shop = Workshop(tiny(name), WordTokenizer(), TEXTS)
+        method = TDA(shop.gate_quantiles(0.7), score="gate")
+        found = compare(shop.model, method, prompt(40, 4), 12)
+        assert found.density == pytest.approx(wanted, abs=0.08)
+
+
 def test_every_method_has_a_curve(tiny, prompt) -> None:
     """All points of all curves on a tiny model: each a number, none of them dense by mistake."""
     model = tiny()

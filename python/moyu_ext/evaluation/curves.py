@@ -103,10 +103,11 @@ class Workshop:
         return found
 
     def gate_quantiles(self, density: float) -> list[float]:
-        """CATS' thresholds: per layer the |act(gate x)| that a share `density` reaches."""
+        """CATS' thresholds: per layer the |act(gate x)| that a share `density` reaches. Where more
+        than the rest is exactly zero (ReLU), the least positive number: zeros are never kept."""
         gates: Tensor = self.once("gates", self._gates)
         at = round((1 - density) * (gates.shape[1] - 1))
-        return [float(value) for value in gates[:, at]]
+        return gates[:, at].clamp_min(torch.finfo(torch.float32).tiny).tolist()
 
     def _gates(self) -> Tensor:
         """1001 quantiles of |act(gate x)| per layer, on the calibration texts: [layers, 1001]."""

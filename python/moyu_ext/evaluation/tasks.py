@@ -9,6 +9,8 @@ of one token (MMLU's letters) would score like dense under every method. Needs l
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import re
 from collections.abc import Callable, Sequence
@@ -168,9 +170,14 @@ def configuration(task: Task, data: Path) -> dict[str, Any]:
 
 
 def _dataset(documents: list[source.Document]) -> Any:
-    import datasets
+    import pyarrow
+    from datasets import Dataset
+    from datasets.table import InMemoryTable
 
-    return datasets.Dataset.from_list(documents)
+    # A name of our own: Dataset.from_list pickles all documents to make one up, and fails at that
+    # with some versions of its packages.
+    name = hashlib.sha256(json.dumps(documents).encode()).hexdigest()[:16]
+    return Dataset(InMemoryTable(pyarrow.Table.from_pylist(documents)), fingerprint=name)
 
 
 def true_mass(doc: source.Document, results: Sequence[tuple[float, bool]]) -> dict[str, float]:
