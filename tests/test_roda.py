@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from moyu_ext.evaluation.perplexity import generation_perplexity
-from moyu_ext.methods.base import Method
+from moyu_ext.methods.base import Method, compact
 from moyu_ext.methods.roda import RODA
 from moyu_ext.patching.families import find_mlps
 from moyu_ext.reference import sparse_mlp
 from moyu_ext.routers import train
-from moyu_ext.routers.router import LayerRouter, Router, union
+from moyu_ext.routers.router import LayerRouter, Router
 from moyu_ext.routers.train import train_router
 from study_support import WordTokenizer, text
 
@@ -39,8 +39,8 @@ def exact_router(model, threshold: float = 0.0) -> Router:
         quantiles = torch.linspace(-1, 1, 201)
         layers.append(
             LayerRouter(
-                torch.eye(w.d), w.gate.detach().float(), torch.zeros(w.f), quantiles, threshold,
-                *(1.0, 1.0, 0.5, 1.0, 0.5),
+                torch.eye(w.d), w.gate.detach().float(), torch.zeros(w.f), quantiles,
+                torch.full((w.f,), 0.5), 1e-30, threshold, *(1.0, 1.0, 0.5, 1.0, 0.5),
             )
         )  # fmt: skip
     from moyu_ext.calibration.thresholds import fingerprint
@@ -93,10 +93,12 @@ def test_apply_computes_the_predicted_neurons(trained, rows: int, dtype: torch.d
 
 
 def test_union_of_rows() -> None:
-    values, mask = union(torch.tensor([[True, False, False], [False, False, True]]))
-    assert values.tolist() == [1, 0, 1] and mask is not None and mask.dtype == torch.uint8
-    values, mask = union(torch.tensor([[True, False]]))
-    assert values.tolist() == [1, 0] and mask is None
+    indices, count, mask = compact(torch.tensor([[True, False, False], [False, False, True]]))
+    assert indices[: int(count)].tolist() == [0, 2]
+    assert mask is not None and mask.tolist() == [[1, 0, 0], [0, 0, 1]]
+    assert mask.dtype == torch.uint8
+    indices, count, mask = compact(torch.tensor([[False, True]]))
+    assert indices[: int(count)].tolist() == [1] and mask is None
 
 
 def test_training_finds_what_is_active(tiny) -> None:
@@ -133,6 +135,34 @@ def test_numbers_are_those_of_held_out_text(trained) -> None:
     assert layer.precision == pytest.approx(hits / predicted.sum().item(), abs=1e-3)
     assert layer.density == pytest.approx(predicted.float().mean().item(), abs=1e-3)
     assert layer.labels == pytest.approx(labels.float().mean().item(), abs=1e-6)
+    assert layer.epsilon == thresholds.layers[2].epsilon
+    active = (neuron_norms(inputs.train, sites[index].weights()) >= layer.epsilon).float()
+    assert torch.allclose(layer.rate, active.mean(0), atol=1e-5)
+
+
+def test_the_parts_share_no_text(tiny) -> None:
+    """Long texts are cut into windows; all windows of a text belong to one part."""
+    from moyu_ext.routers.data import read_windows
+
+    texts = [text(600, seed) for seed in range(12)]  # three windows of at most 256 each
+    parts = read_windows(tiny(), WordTokenizer(), texts, 1 << 20, 0)
+    groups = (parts.train, parts.validation, parts.test)
+    assert sum(len(row) for part in groups for row in part) == 12 * 601
+    encoded = [WordTokenizer().encode(t) for t in texts]
+
+    def sources(rows: list[list[int]]) -> set[int]:
+        return {
+            i
+            for row in rows
+            for i, ids in enumerate(encoded)
+            if any(ids[at : at + len(row)] == row for at in (0, 256, 512))
+        }
+
+    found = [sources(part) for part in groups]
+    assert sum(map(len, found)) == 12 and len(set.union(*found)) == 12
+    # One text: its windows have to be divided.
+    alone = read_windows(tiny(), WordTokenizer(), texts[:1], 1 << 20, 0)
+    assert alone.train and alone.validation and alone.test
 
 
 def test_the_threshold_meets_the_recall_on_validation_text(trained) -> None:
@@ -253,7 +283,7 @@ def test_artefact_round_trip(trained, tmp_path: Path) -> None:
     loaded = Router.from_pretrained(tmp_path)
     assert loaded.fingerprint == router.fingerprint and loaded.recall == router.recall
     for mine, other in zip(router.layers, loaded.layers, strict=True):
-        for name in ("first", "second", "bias", "quantiles"):
+        for name in ("first", "second", "bias", "quantiles", "rate"):
             assert torch.equal(getattr(mine, name), getattr(other, name))
         assert (mine.threshold, mine.recall, mine.density) == (
             other.threshold, other.recall, other.density,

@@ -19,15 +19,24 @@ from .errors import (
 if TYPE_CHECKING:
     from .calibration.calibrate import calibrate
     from .calibration.thresholds import Thresholds
-    from .methods import QRIDA, SRIDA, STDA, TDA, Dense
+    from .methods import QRIDA, RIDA, RODA, SRIDA, STDA, TDA, Dense, OnlineRODA
     from .patching.patch import patch, report, scoring, unpatch
+    from .routers.experts import Experts
+    from .routers.router import Router
+    from .routers.split import split_experts
+    from .routers.train import train_router
     from .shadow.store import Shadows
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Dense": ".methods",
+    "Experts": ".routers.experts",
+    "OnlineRODA": ".methods",
     "QRIDA": ".methods",
+    "RIDA": ".methods",
+    "RODA": ".methods",
+    "Router": ".routers.router",
     "SRIDA": ".methods",
     "STDA": ".methods",
     "TDA": ".methods",
@@ -37,20 +46,27 @@ _HOMES = {
     "patch": ".patching.patch",
     "report": ".patching.patch",
     "scoring": ".patching.patch",
+    "split_experts": ".routers.split",
+    "train_router": ".routers.train",
     "unpatch": ".patching.patch",
 }
 
 __all__ = [
     "QRIDA",
+    "RIDA",
+    "RODA",
     "SRIDA",
     "STDA",
     "TDA",
     "ArtifactError",
     "ConfigurationError",
     "Dense",
+    "Experts",
     "ExtensionError",
     "MoyuError",
+    "OnlineRODA",
     "PatchStateError",
+    "Router",
     "Shadows",
     "Thresholds",
     "UnsupportedModelError",
@@ -58,6 +74,8 @@ __all__ = [
     "patch",
     "report",
     "scoring",
+    "split_experts",
+    "train_router",
     "unpatch",
 ]
 

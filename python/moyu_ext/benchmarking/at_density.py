@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 
@@ -35,11 +36,18 @@ def method_at(name: str, density: float) -> MakeMethod:
         return lambda model: TDA(_quantiles(model, density, score), score=score)
     if name == "stda":
         return lambda model: STDA(_quantiles(model, density, "rms"))
-    if name in METHODS and "density" in getattr(METHODS[name], "__dataclass_fields__", {}):
+    known = ["dense", "tda", "tda-gate", "stda", *(n for n, m in METHODS.items() if _ranks(m))]
+    if name in known:
         make = partial(METHODS[name], **{"density": density})
         return lambda model: make()
-    known = ", ".join(["tda-gate", *METHODS])
-    raise ConfigurationError(f"method is {name!r}; expected one of {known}")
+    raise ConfigurationError(f"method is {name!r}; expected one of {', '.join(known)}")
+
+
+def _ranks(kind: type[Method]) -> bool:
+    """Whether a density is all that the method needs: nothing trained, nothing calibrated."""
+    fields = dataclasses.fields(kind)  # type: ignore[arg-type]
+    required = any(field.default is dataclasses.MISSING for field in fields)
+    return not required and any(field.name == "density" for field in fields)
 
 
 def _quantiles(model: nn.Module, density: float, score: str) -> list[float]:

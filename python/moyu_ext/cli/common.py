@@ -183,9 +183,9 @@ def _why_not(name: str, local: bool, error: Exception) -> str:
 def build_method(name: str | None, **options: Any) -> Method:
     """The method of that name, with those of its options that are not None.
 
-    `thresholds` and `router` are directories. Without a name: the method that the artefact was made
-    for, else one that needs nothing. Raises ConfigurationError for options that the method lacks or
-    needs.
+    `thresholds`, `router` and `experts` are directories. Without a name: the method that the
+    artefact was made for, else one that needs nothing. Raises ConfigurationError for options that
+    the method lacks or needs.
     """
     from ..calibration.thresholds import Thresholds
     from ..methods import METHODS
@@ -200,6 +200,11 @@ def build_method(name: str | None, **options: Any) -> Method:
 
         given["router"] = Router.from_pretrained(given["router"])
         default = "roda"
+    if "experts" in given:
+        from ..routers.experts import Experts
+
+        given["experts"] = Experts.from_pretrained(given["experts"])
+        default = "rida"
     name = default if name is None else name
     if name not in METHODS:
         raise ConfigurationError(f"--method is {name!r}; expected one of {', '.join(METHODS)}")
@@ -228,5 +233,10 @@ def _missing(name: str, option: str) -> str:
         return (
             f"{name} needs a trained router: run `moyu train-router MODEL --out DIR` first and "
             "pass --router DIR"
+        )
+    if option == "experts":
+        return (
+            f"{name} needs an MLP split into experts: run `moyu split-experts MODEL --out DIR` "
+            "first and pass --experts DIR"
         )
     return f"{name} needs {option}, which has no command line option yet; use it from Python"

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .._files import write_atomically
 from ..errors import ConfigurationError
 from . import common
-from .train_router import make_directory
 
 if TYPE_CHECKING:
     from ..evaluation.corpus import Corpus
@@ -28,8 +28,9 @@ def eval(
     methods: Annotated[
         str | None,
         typer.Option(
-            help="Comma-separated: dense, tda, cats, stda, srida, griffin, qrida, roda, rida. "
-            "Default: those that need no training."
+            help="Comma-separated: dense, tda, cats, stda, srida, griffin, qrida, roda, "
+            "roda-online, rida, or all. Default: those that need no training, and the input "
+            "thresholds of TEAL for comparison."
         ),
     ] = None,
     tasks: Annotated[
@@ -43,6 +44,10 @@ def eval(
     summaries: Annotated[
         str, typer.Option(help="Comma-separated: xsum, xsum-1shot, cnn_dailymail (ROUGE).")
     ] = "",
+    prompt_tokens: Annotated[
+        int, typer.Option(min=2, help="Longer prompts of summaries lose their middle.")
+    ] = 384,
+    summary_tokens: Annotated[int, typer.Option(min=1, help="Length of a summary.")] = 64,
     text: Annotated[
         list[Path] | None,
         typer.Option(
@@ -80,6 +85,9 @@ def eval(
     Methods govern what they would govern in generation: a prompt runs dense and chooses the sets of
     sequence-level methods, the tokens behind it are scored under the method.
 
+    Writes eval.json (all values, for going on), eval.md and eval.png; --json FILE gets the results
+    without the values of each document.
+
     \b
     Examples
         moyu eval stories_silu --out eval
@@ -87,28 +95,32 @@ def eval(
         moyu eval ./Llama-2-7b-hf --tasks mmlu,winogrande --summaries xsum --limit 100 --data data
     """
     common.check_json(json)
-    make_directory(out)
+    common.make_directory(out)
+    from ..evaluation import evaluate, picture
     from ..evaluation.corpus import Corpus
+    from ..evaluation.curves import CURVES, TRAINED, Workshop, check_names, points
+    from ..evaluation.tasks import check_tasks
 
     corpus = Corpus(data, text or ())
+    names = _names(methods) or [name for name in CURVES if name not in TRAINED]
+    names = list(CURVES) if names == ["all"] else names
+    check_names(names)
+    # Said now, rather than after the work.
+    check_tasks(_names(tasks), corpus.data)
+    items = _items(corpus, _names(summaries), limit)
     lm, tokenizer = common.load_model(model, dtype, device)
-    from ..evaluation import evaluate, picture
-    from ..evaluation.curves import CURVES, Workshop, points
-
     shop = Workshop(lm, tokenizer, corpus.documents(train=True), seed=seed, log=_log)
     if router is not None:
         from ..routers.router import Router
 
         shop.router = Router.from_pretrained(router)
+        names += [] if methods else ["roda", "roda-online"]
     if experts is not None:
         from ..routers.experts import Experts
 
         shop.experts = Experts.from_pretrained(experts)
-    names = _names(methods) or [n for n in CURVES if n not in ("roda", "rida")]
-    if router is not None and methods is None:
-        names.append("roda")
-    if experts is not None and methods is None:
-        names.append("rida")
+        names += [] if methods else ["rida"]
+    reference = methods in (None, "all")
     rows, ids = _ids(lm, tokenizer, corpus, context, continuation, texts)
     evaluation = evaluate.Evaluation(
         lm,
@@ -120,23 +132,31 @@ def eval(
         tasks=_names(tasks),
         data=corpus.data,
         limit=limit,
-        summaries=_items(corpus, _names(summaries), limit),
+        summaries=items,
+        prompt_tokens=prompt_tokens,
+        summary_tokens=summary_tokens,
+        calibration=shop.rows() if reference else None,
+        basis=shop.identity(),
         seed=seed,
         log=_log,
     )
     found = evaluate.run(
-        evaluation, points(shop, names), out / f"{_STEM}.json", reference=methods is None
+        evaluation,
+        points(shop, names),
+        out / f"{_STEM}.json",
+        reference=reference,
     )
-    picture.draw(found, out / f"{_STEM}.png", f"{model}: quality against density")
-    columns, cells = picture.table(found)
-    (out / f"{_STEM}.md").write_text(picture.markdown(columns, cells), encoding="utf-8")
+    results = found["rows"]
+    picture.draw(results, out / f"{_STEM}.png", f"{model}: quality against density")
+    columns, cells = picture.table(results)
+    write_atomically(out / f"{_STEM}.md", picture.markdown(columns, cells).encode())
     _print(columns, cells)
     typer.echo(f"\nWrote {out / _STEM}.json, .md and .png")
-    common.write_json(json, {"command": "eval", "model": model, "rows": found})
+    common.write_json(json, evaluate.brief(found))
 
 
 def _names(text: str | None) -> list[str]:
-    return [name.strip() for name in (text or "").split(",") if name.strip()]
+    return list(dict.fromkeys(name.strip() for name in (text or "").split(",") if name.strip()))
 
 
 def _log(line: str) -> None:
@@ -174,7 +194,7 @@ def _items(corpus: Corpus, names: list[str], limit: int | None) -> dict[str, Any
         )
     from ..evaluation.rouge import load_items, rouge
 
-    rouge([], [])  # a missing package is said now, rather than after the work
+    rouge([], [])  # a missing package
     return {name: load_items(corpus.data, name, limit) for name in names}
 
 

@@ -43,8 +43,9 @@ def generate(
     method: Annotated[
         str | None,
         typer.Option(
-            help="Which neurons to compute: qrida, tda, stda, srida, roda, dense (see "
-            "docs/methods.md). Default: what the thresholds or router were made for, else qrida."
+            help="Which neurons to compute: qrida, tda, stda, srida, roda, roda-online, rida, "
+            "dense (see docs/methods.md). Default: what the thresholds, router or experts were "
+            "made for, else qrida."
         ),
     ] = None,
     density: Annotated[
@@ -61,7 +62,13 @@ def generate(
     ] = None,
     router: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="What `moyu train-router` wrote; for roda."),
+        typer.Option(
+            metavar="DIR", help="What `moyu train-router` wrote; for roda and roda-online."
+        ),
+    ] = None,
+    experts: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="What `moyu split-experts` wrote; for rida."),
     ] = None,
     bits: Annotated[
         int | None, typer.Option(help="For qrida: bits of its copies of gate and up, 1 to 4.")
@@ -110,6 +117,7 @@ def generate(
         density=density,
         score=score,
         router=router,
+        experts=experts,
         bits=bits,
         guard=guard,
     )

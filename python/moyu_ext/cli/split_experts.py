@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from . import common
-from .train_router import make_directory
 
 
 def split_experts(
@@ -47,7 +46,7 @@ def split_experts(
         moyu split-experts ./Llama-2-7b-hf --experts 32 --split coactivation --device cuda --out e
     """
     common.check_json(json)
-    make_directory(out)
+    common.make_directory(out)
     lm, tokenizer = common.load_model(model, dtype, device)
     from ..routers.split import split_experts as run
 

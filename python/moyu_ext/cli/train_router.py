@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import ConfigurationError
 from . import common
 
 if TYPE_CHECKING:
@@ -65,7 +64,7 @@ def train_router(
         moyu generate stories_relu -p "One day" --method roda --router router
     """
     common.check_json(json)
-    make_directory(out)
+    common.make_directory(out)
     lm, tokenizer = common.load_model(model, dtype, device)
     from ..routers.train import train_router as train
 
@@ -90,16 +89,6 @@ def train_router(
     }
     content["layers"] = [_numbers(router, i) for i in range(len(router.layers))]
     common.write_json(json, {"command": "train-router"} | content)
-
-
-def make_directory(out: Path) -> None:
-    """Make DIR now, rather than after the work."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigurationError(
-            f"--out {out} cannot be made a directory ({error.strerror}); name another"
-        ) from error
 
 
 def _numbers(router: Router, index: int) -> dict[str, float]:

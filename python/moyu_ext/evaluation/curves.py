@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from ..calibration.thresholds import Thresholds
 from ..errors import ConfigurationError
 from ..methods.base import Method
 from ..methods.dense import Dense
+from ..methods.online_roda import OnlineRODA
 from ..methods.qrida import QRIDA
 from ..methods.rida import RIDA
 from ..methods.roda import RODA
@@ -25,20 +28,23 @@ from ..patching.families import find_mlps, record_inputs
 from ..reference import ACTIVATIONS
 from ..routers.experts import Experts
 from ..routers.router import Router
-from ..routers.split import split_experts
+from ..routers.split import SPLITS, split_experts
 from ..routers.train import train_router
 
 TARGETS = (0.05, 0.1, 0.2, 0.35, 0.5)  # of CETT
 DENSITIES = (0.1, 0.2, 0.33, 0.5, 0.7)
+TRAINED = ("roda", "roda-online", "rida")  # curves whose methods need training
 
 
 @dataclass(frozen=True)
 class Point:
-    """One configuration: `curve` it belongs to, `setting` in words, and how to make the method."""
+    """One configuration: `curve` it belongs to, `setting` in words, how to make the method, and
+    `basis`, which artefact of the user's it is made of."""
 
     curve: str
     setting: str
     make: Callable[[], Method]
+    basis: str = ""
 
     @property
     def label(self) -> str:
@@ -64,6 +70,11 @@ class Workshop:
     experts: Experts | None = None
     log: Callable[[str], None] = lambda text: None
     _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def identity(self) -> str:
+        """What all that is made here depends on, but for the model and the user's artefacts."""
+        content = json.dumps([self.texts, self.seed, self.tokens, self.router_tokens])
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         """The value for the key, made the first time."""
@@ -92,10 +103,11 @@ class Workshop:
         return found
 
     def gate_quantiles(self, density: float) -> list[float]:
-        """CATS' thresholds: per layer the |act(gate x)| that a share `density` reaches."""
+        """CATS' thresholds: per layer the |act(gate x)| that a share `density` reaches. Where more
+        than the rest is exactly zero (ReLU), the least positive number: zeros are never kept."""
         gates: Tensor = self.once("gates", self._gates)
         at = round((1 - density) * (gates.shape[1] - 1))
-        return [float(value) for value in gates[:, at]]
+        return gates[:, at].clamp_min(torch.finfo(torch.float32).tiny).tolist()
 
     def _gates(self) -> Tensor:
         """1001 quantiles of |act(gate x)| per layer, on the calibration texts: [layers, 1001]."""
@@ -115,14 +127,13 @@ class Workshop:
         return torch.stack(found)
 
     def rows(self, length: int = 128, count: int = 16) -> Tensor:
-        """Ids [<= count, length] of the calibration texts."""
+        """Ids [<= count, <= length] of the calibration texts; shorter where all texts are."""
         if self.texts is None:
             raise ConfigurationError("gate quantiles need calibration texts; pass --text or --data")
         window = min(length, longest_window(self.model))
         ids = encode_texts(self.tokenizer, self.texts, 4 * count * window, window)
+        window = min(window, max(map(len, ids)))
         whole = [row for row in windows(ids, 1 << 30, window) if len(row) == window][:count]
-        if not whole:
-            raise ConfigurationError(f"no calibration text has {window} tokens; pass longer texts")
         return torch.tensor(whole)
 
     def trained_router(self) -> Router:
@@ -162,12 +173,40 @@ class Workshop:
         return found
 
 
-def points(shop: Workshop, names: Sequence[str] | None = None) -> list[Point]:
-    """Every curve of `CURVES`, or those named. Raises ConfigurationError for unknown names."""
-    for name in names or ():
+def check_names(names: Sequence[str]) -> None:
+    """Raise ConfigurationError unless all are in `CURVES`."""
+    for name in names:
         if name not in CURVES:
             raise ConfigurationError(f"method is {name!r}; expected one of {', '.join(CURVES)}")
-    return [point for name in names or CURVES for point in CURVES[name](shop)]
+
+
+def points(shop: Workshop, names: Sequence[str]) -> list[Point]:
+    """The curves named, each once. Raises ConfigurationError for unknown names."""
+    check_names(names)
+    basis = {
+        "roda": _digest(shop.router),
+        "roda-online": _digest(shop.router),
+        "rida": _digest(shop.experts),
+    }
+    return [
+        replace(point, basis=basis.get(name, ""))
+        for name in dict.fromkeys(names)
+        for point in CURVES[name](shop)
+    ]
+
+
+def _digest(artefact: Router | Experts | None) -> str:
+    """Of the user's artefact; "" where there is none and one is made."""
+    if artefact is None:
+        return ""
+    sha = hashlib.sha256(artefact.fingerprint.encode())
+    for layer in artefact.layers:
+        for value in vars(layer).values():
+            if isinstance(value, Tensor):
+                sha.update(value.contiguous().numpy().tobytes())
+            else:
+                sha.update(repr(value).encode())
+    return sha.hexdigest()[:16]
 
 
 def _by_target(curve: str, make: Callable[[float], Method]) -> list[Point]:
@@ -200,9 +239,13 @@ CURVES: dict[str, Callable[[Workshop], list[Point]]] = {
         Point("RODA", "trained recall", lambda: RODA(shop.trained_router())),
         *_by_density("RODA", lambda d: RODA(shop.trained_router(), d)),
     ],
+    "roda-online": lambda shop: [
+        Point("RODA online", "trained recall", lambda: OnlineRODA(shop.trained_router())),
+        *_by_density("RODA online", lambda d: OnlineRODA(shop.trained_router(), d)),
+    ],
     "rida": lambda shop: [
         point
-        for how in ("kmeans", "coactivation", "random")
+        for how in ((shop.experts.split,) if shop.experts is not None else SPLITS)
         for point in _by_density(
             f"RIDA, {how}",
             lambda d, how=how: RIDA(shop.split(how), d),  # type: ignore[misc]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,9 @@ from .._files import write_atomically
 from ..calibration.thresholds import fingerprint
 from ..errors import ConfigurationError
 from ..methods.base import Method
+from ..methods.online_roda import OnlineRODA
+from ..methods.roda import RODA
+from ..patching.families import find_mlps
 from .agreement import (
     Comparison,
     compare,
@@ -27,12 +32,15 @@ from .agreement import (
 from .curves import Point
 from .inputs import input_thresholds, masked_inputs
 from .perplexity import perplexity
+from .reads import weights_read
 from .record import clean, versions
 from .rouge import MEASURES, Item, rouge, summarise
+from .router_recall import router_recall
 from .statistics import bootstrap, sign_flip_p
 from .tasks import TaskScore, run_tasks
 
 INPUT_SPARSITIES = (0.3, 0.5, 0.67, 0.8)  # of the TEAL-like reference
+TEAL = "input thresholds (TEAL), masked"
 
 
 @dataclasses.dataclass
@@ -44,7 +52,8 @@ class Evaluation:
     scored likewise; 0: none. ids: 1-D, for perplexity over sliding windows (per-token methods are
     then built with prefill=True; sequence-level ones have no such regime). tasks: names of
     `tasks.TASKS`, with `data` and `limit`; summaries: name -> items, with prompts of at most
-    `prompt_tokens` and summaries of `summary_tokens`.
+    `prompt_tokens` and summaries of `summary_tokens`. calibration: ids [n, length] for the input
+    thresholds. basis: what else results depend on, such as `Workshop.identity()`.
     """
 
     model: Any
@@ -59,6 +68,8 @@ class Evaluation:
     summaries: dict[str, list[Item]] = dataclasses.field(default_factory=dict)
     prompt_tokens: int = 384
     summary_tokens: int = 64
+    calibration: Tensor | None = None
+    basis: str = ""
     seed: int = 0
     log: Callable[[str], None] = lambda text: None
 
@@ -66,17 +77,26 @@ class Evaluation:
         self._dense: tuple[Tensor, Tensor, Tensor] | None = None
         self._baseline: dict[str, Any] = {}
 
-    def key(self, point: Point) -> str:
-        """What a point's result depends on."""
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """That of the model's weights."""
+        return fingerprint(self.model)
+
+    @functools.cached_property
+    def _common(self) -> str:
         rows = None if self.rows is None else self.rows.tolist()
         ids = None if self.ids is None else self.ids.tolist()
         summaries = {k: [i.prompt for i in v] for k, v in self.summaries.items()}
         content = [
-            *(fingerprint(self.model), str(next(self.model.parameters()).dtype), point.label),
+            *(self.fingerprint, str(next(self.model.parameters()).dtype), self.basis),
             *(rows, self.context, self.new_tokens, ids, list(self.tasks), self.limit, summaries),
             *(self.prompt_tokens, self.summary_tokens, self.seed, versions()),
         ]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
+        return _digest(content)
+
+    def key(self, label: str, basis: str = "") -> str:
+        """What the results of the configuration of this name depend on."""
+        return _digest([self._common, label, basis])
 
     def measure(self, point: Point) -> dict[str, Any]:
         """All results of one point. The model comes unpatched and is left so."""
@@ -85,7 +105,7 @@ class Evaluation:
             "method": point.curve,
             "setting": point.setting,
             "configuration": repr(method),
-            "key": self.key(point),
+            "key": self.key(point.label, point.basis),
         }
         if self.rows is not None:
             found |= self._compared(method)
@@ -97,20 +117,17 @@ class Evaluation:
             found["rouge"] = self._rouge(method)
         return found
 
-    def reference(self) -> list[dict[str, Any]]:
+    def reference(self, sparsity: float) -> dict[str, Any]:
         """The TEAL-like input thresholds, quality only (see `inputs`)."""
-        if self.rows is None:
-            return []
+        assert self.rows is not None and self.calibration is not None
         rows, dense, _ = self._texts()
-        found = []
-        for sparsity in INPUT_SPARSITIES:
-            cut = input_thresholds(self.model, rows[:, : self.context], sparsity)
-            with masked_inputs(self.model, cut, self.context) as count:
-                ours = continuation_logits(self.model, rows, self.context)
-            comparison = from_logits(dense, ours, rows[:, self.context :], count.density)
-            row = {"method": "input thresholds (TEAL), masked", "setting": f"{sparsity:.0%} asked"}
-            found.append(row | self._numbers(comparison))
-        return found
+        cut = input_thresholds(self.model, self.calibration, sparsity)
+        with masked_inputs(self.model, cut, self.context, rows.shape[1]) as count:
+            ours = continuation_logits(self.model, rows, self.context)
+        comparison = from_logits(dense, ours, rows[:, self.context :], count.density)
+        found = {"method": TEAL, "setting": f"{sparsity:.0%} asked"}
+        found["key"] = self.key(f"{TEAL}, {sparsity}")
+        return found | self._numbers(comparison) | {"read": comparison.density}
 
     def _texts(self) -> tuple[Tensor, Tensor, Tensor]:
         """The rows, dense logits on them, and the rows as the dense model continues them."""
@@ -128,6 +145,11 @@ class Evaluation:
     def _compared(self, method: Method) -> dict[str, Any]:
         rows, dense, written = self._texts()
         found = self._numbers(compare(self.model, method, rows, self.context, dense))
+        reads = [weights_read(method, found["density"], site) for site in find_mlps(self.model)]
+        found["read"] = sum(reads) / len(reads)
+        if isinstance(method, (RODA, OnlineRODA)):
+            recall = router_recall(self.model, method, rows, self.context)
+            found |= {f"router_{name}": recall.mean(name) for name in ("recall", "precision")}
         if written.shape[1]:
             generated = compare(self.model, method, written, self.context)
             found["generated_agreement"] = generated.agreement.mean().item()
@@ -223,27 +245,61 @@ class Evaluation:
 
 def run(
     evaluation: Evaluation, chosen: Sequence[Point], path: Path | None, reference: bool = False
-) -> list[dict[str, Any]]:
-    """Measure the points in order, dense first; rows that `path` has already are taken from it.
+) -> dict[str, Any]:
+    """Measure the points in order, dense first, and with `reference` the input thresholds; returns
+    what the file holds.
 
-    path: JSON file, written after every point, so that an interrupted run goes on.
+    path: JSON file, written after every point. Rows that it has already are taken from it, so that
+    an interrupted run goes on; rows of other settings are dropped from it.
     """
     ordered = sorted(chosen, key=lambda point: point.curve != "dense")
-    known = _known(path)
-    rows: list[dict[str, Any]] = []
-    for number, point in enumerate(ordered, 1):
-        row = known.get(evaluation.key(point))
-        if row is None:
-            evaluation.log(f"{number} of {len(ordered)}: {point.label}")
-            row = evaluation.measure(point)
-        elif point.curve == "dense":
-            evaluation.restore(row)
-        rows.append(row)
-        _write(path, evaluation, rows)
-    if reference:
-        rows += evaluation.reference()
-        _write(path, evaluation, rows)
-    return rows
+    work = [
+        (evaluation.key(p.label, p.basis), p.label, functools.partial(evaluation.measure, p))
+        for p in ordered
+    ]
+    if reference and evaluation.rows is not None and evaluation.calibration is not None:
+        work += [
+            (
+                evaluation.key(f"{TEAL}, {s}"),
+                f"{TEAL}, {s:.0%}",
+                functools.partial(evaluation.reference, s),
+            )
+            for s in INPUT_SPARSITIES
+        ]
+    found = _known(path)
+    found = {key: found[key] for key, _, _ in work if key in found}
+    if ordered and ordered[0].curve == "dense" and work[0][0] in found:
+        evaluation.restore(found[work[0][0]])
+    if found:
+        evaluation.log(f"{len(found)} of {len(work)} are in {path} already")
+    content = _content(evaluation, [])
+    for number, (key, label, measure) in enumerate(work, 1):
+        if key not in found:
+            evaluation.log(f"{number} of {len(work)}: {label}")
+            found[key] = measure()
+        # All that is known, also what comes later in the order: none of it is measured twice.
+        rows = [found[key] for key, _, _ in work if key in found]
+        content = _content(evaluation, rows)
+        if path is not None:
+            write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+    return content
+
+
+def brief(content: dict[str, Any]) -> dict[str, Any]:
+    """The results without the values of each document and item."""
+
+    def strip(value: Any) -> Any:
+        if isinstance(value, dict):
+            kept = {k: v for k, v in value.items() if k not in ("per_document", "per_item")}
+            return {k: strip(v) for k, v in kept.items()}
+        return [strip(item) for item in value] if isinstance(value, list) else value
+
+    found: dict[str, Any] = strip(content)
+    return found
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 
 def _known(path: Path | None) -> dict[str, dict[str, Any]]:
@@ -251,24 +307,29 @@ def _known(path: Path | None) -> dict[str, dict[str, Any]]:
         return {}
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-        return {row["key"]: row for row in rows if "key" in row}
+        return {row["key"]: row for row in rows}
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigurationError(
             f"{path} is not a file that `moyu eval` wrote ({error}); name another, or delete it"
         ) from error
 
 
-def _write(path: Path | None, evaluation: Evaluation, rows: list[dict[str, Any]]) -> None:
-    if path is None:
-        return
+def _content(evaluation: Evaluation, rows: list[dict[str, Any]]) -> dict[str, Any]:
     config = getattr(evaluation.model, "config", None)
+    name = os.path.basename(getattr(config, "_name_or_path", "") or "model")
+    rows_used = evaluation.rows
     content = {
         "command": "eval",
-        "model": Path(getattr(config, "_name_or_path", "") or "model").name,
-        "fingerprint": fingerprint(evaluation.model),
+        "model": name,
+        "fingerprint": evaluation.fingerprint,
+        "dtype": str(next(evaluation.model.parameters()).dtype).removeprefix("torch."),
         "seed": evaluation.seed,
         "context": evaluation.context,
+        "continuation": None if rows_used is None else rows_used.shape[1] - evaluation.context,
+        "new_tokens": evaluation.new_tokens,
+        "limit": evaluation.limit,
         "versions": versions(),
         "rows": rows,
     }
-    write_atomically(path, (json.dumps(clean(content), indent=1) + "\n").encode())
+    cleaned: dict[str, Any] = clean(content)
+    return cleaned

@@ -46,34 +46,38 @@ def input_thresholds(model: Any, rows: Tensor, sparsity: float) -> list[list[flo
 
 
 class Kept:
-    """Counts of input entries that were kept, of the governed positions."""
+    """How much of the projections' inputs was kept at the governed positions."""
 
     def __init__(self) -> None:
-        self.kept = 0
-        self.all = 0
+        self.shares = 0.0
+        self.projections = 0
 
     @property
     def density(self) -> float:
-        """Kept entries / all entries, over the three projections."""
-        return self.kept / self.all if self.all else float("nan")
+        """Mean share of kept entries over the projections. They have equally many weights, so this
+        is the share of weights that is multiplied, as it is for methods that skip neurons."""
+        return self.shares / self.projections if self.projections else float("nan")
 
 
 @contextmanager
 def masked_inputs(
-    model: Any, thresholds: Sequence[Sequence[float]], context: int
+    model: Any, thresholds: Sequence[Sequence[float]], context: int, length: int
 ) -> Iterator[Kept]:
     """Within the block, entries of the MLP projections' inputs up to their threshold are zero at
-    positions >= context of every row (inputs [batch, length, ...] only)."""
+    positions >= context of every row of `length` tokens."""
     count = Kept()
 
     def mask(threshold: float) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             x = args[0]
-            keep = x.abs() > threshold  # a zero costs nothing, so it is never kept
+            # OPT's projections get the rows of a batch behind each other.
+            rows = x.view(-1, length, x.shape[-1])
+            keep = rows.abs() > threshold  # a zero costs nothing, so it is never kept
             keep[:, :context] = True
-            count.kept += int(keep[:, context:].sum())
-            count.all += keep[:, context:].numel()
-            return (x * keep, *args[1:])
+            positions = keep[:, context:].numel() // keep.shape[-1]
+            count.shares += keep[:, context:].sum().item() / keep.shape[-1]
+            count.projections += positions
+            return ((rows * keep).view(x.shape), *args[1:])
 
         return hook
 

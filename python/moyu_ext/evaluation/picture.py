@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .._files import write_atomically
 from .rouge import MEASURES
 
 
@@ -32,13 +34,17 @@ def draw(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     ax.set_title(title, fontsize=10)
     ax.grid(alpha=0.3)
     ax.legend(fontsize=7)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=110, metadata={"Software": None})
+    write_atomically(path, content.getvalue())
 
 
 def table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
     """Columns and cells of the results, for print and Markdown."""
-    columns = ["method", "setting", "density", "perplexity", "change %", "p", "agreement", "KL"]
+    columns = ["method", "setting", "density", "weights read", "perplexity"]
+    columns += ["change %", "p", "agreement", "KL"]
     extra = {
+        "router_recall": "router's recall",
         "generated_agreement": "agreement on own text",
         "sliding_perplexity": "perplexity, sliding window",
     }
@@ -52,7 +58,8 @@ def table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
         change = row.get("change")
         cells.append(
             [
-                *(row["method"], row["setting"], row.get("density"), row.get("perplexity")),
+                *(row["method"], row["setting"], row.get("density"), row.get("read")),
+                row.get("perplexity"),
                 *(None if change is None else 100 * change, row.get("p")),
                 *(row.get("agreement"), row.get("kl")),
                 *(row.get(key) for key in shown),
@@ -66,7 +73,9 @@ def table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
 def _task_cell(score: dict[str, Any] | None) -> str:
     if score is None:
         return ""
-    text = f"{100 * score['value']:.1f} +- {100 * score['stderr']:.1f}"
+    text = f"{100 * score['value']:.1f}"
+    if score["stderr"] is not None:  # one document has none
+        text += f" +- {100 * score['stderr']:.1f}"
     return text if score.get("p") is None else f"{text} (p {score['p']:.2g})"
 
 

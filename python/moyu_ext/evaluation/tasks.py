@@ -2,12 +2,17 @@
 
 lm-eval's likelihood tasks run context and answer in one forward, which never decodes, so that a
 patch of decoding alone would score exactly like dense. Here the context is the prompt and the
-answer's tokens are scored under the method, see `moyu_ext.scoring`. Needs lm-eval.
+answer's tokens are scored under the method, see `moyu_ext.scoring`. The context's last token counts
+as decoded: it is the one that predicts the first token of the answer, and with a dense one answers
+of one token (MMLU's letters) would score like dense under every method. Needs lm-eval.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -85,6 +90,16 @@ def find_task(name: str) -> Task:
     return TASKS[name]
 
 
+def check_tasks(names: Sequence[str], data: Path | None) -> None:
+    """Raise ConfigurationError for unknown tasks, files that are not there or hold something else,
+    and where tasks are wanted and lm-eval is missing."""
+    for task in [find_task(name) for name in names]:
+        if data is not None and not task.load(data):
+            raise ConfigurationError(f"{task.name}: no documents in {data}")
+    if names:
+        load_lm_eval()
+
+
 def load_lm_eval() -> Any:
     """lm-eval. Raises ConfigurationError with the pip command where it is missing."""
     try:
@@ -155,9 +170,14 @@ def configuration(task: Task, data: Path) -> dict[str, Any]:
 
 
 def _dataset(documents: list[source.Document]) -> Any:
-    import datasets
+    import pyarrow
+    from datasets import Dataset
+    from datasets.table import InMemoryTable
 
-    return datasets.Dataset.from_list(documents)
+    # A name of our own: Dataset.from_list pickles all documents to make one up, and fails at that
+    # with some versions of its packages.
+    name = hashlib.sha256(json.dumps(documents).encode()).hexdigest()[:16]
+    return Dataset(InMemoryTable(pyarrow.Table.from_pylist(documents)), fingerprint=name)
 
 
 def true_mass(doc: source.Document, results: Sequence[tuple[float, bool]]) -> dict[str, float]:
@@ -168,9 +188,9 @@ def true_mass(doc: source.Document, results: Sequence[tuple[float, bool]]) -> di
 
 
 def number_matches(doc: source.Document, results: Sequence[str]) -> dict[str, float]:
-    """gsm8k: whether the number behind "####" is the right one."""
-    answer = results[0].split("####")[-1].strip().split()
-    found = answer[0].rstrip(".").replace(",", "") if answer else ""
+    """gsm8k: whether the number behind the first "####" is the right one; without it, wrong."""
+    answer = re.search(r"####\s*\$?(-?[\d.,]+)", results[0])
+    found = answer[1].rstrip(".,").replace(",", "") if answer else ""
     return {"exact_match": float(found == doc["target"].replace(",", ""))}
 
 
@@ -208,7 +228,8 @@ def score_pairs(
     model: Any, pairs: Sequence[tuple[list[int], list[int]]], longest: int
 ) -> list[tuple[float, bool]]:
     """(log likelihood of the continuation, whether it is the greedy one) of each (context,
-    continuation) in ids. Where the model is patched, its method governs the continuation.
+    continuation) in ids. Where the model is patched, its method governs every token that predicts
+    one of the continuation; what is before them is the prompt.
 
     Contexts lose their beginning where the whole is longer than `longest` tokens.
     """
@@ -223,7 +244,8 @@ def score_pairs(
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
     real = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows]).unsqueeze(1)
     governed = is_patched(model)
-    with torch.no_grad(), scoring(model, lengths) if governed else nullcontext():
+    prompts = [length - 1 for length in lengths]
+    with torch.no_grad(), scoring(model, prompts) if governed else nullcontext():
         logits = model(input_ids=ids.to(place), attention_mask=real.long().to(place)).logits
     found = []
     for row, length, count, scores in zip(rows, lengths, counts, logits.float().cpu(), strict=True):
@@ -273,7 +295,13 @@ def run_tasks(
             for sample in group
         ]
         metric = "exact_match" if task.kind == "generate" else "acc"
-        values = [float(sample[metric]) for sample in samples if metric in sample]
+        # lm-eval's own gsm8k reads each answer in two ways: the first one counts.
+        way = samples[0].get("filter") if samples else None
+        values = [
+            float(sample[metric])
+            for sample in samples
+            if metric in sample and sample.get("filter") == way
+        ]
         found.append(_score(task.name, metric, values))
     return found
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..errors import ArtifactError, ConfigurationError
 from ..guard import LayerGuard
 from ..patching.families import MlpWeights
@@ -52,6 +53,21 @@ class SequenceRule(ABC):
         """Running sum [..., f] over `tokens` tokens (broadcastable) -> active, bool [..., f]."""
 
 
+class AdaptiveRule(SequenceRule):
+    """The rule of one layer that judges each token in the light of its sequence so far."""
+
+    @abstractmethod
+    def active(self, x: Tensor, running_sum: Tensor, tokens: Tensor) -> Tensor:
+        """x [..., d], running sum [..., f] over `tokens` [..., 1] tokens -> active, bool [..., f].
+
+        The leading axes are broadcastable.
+        """
+
+    def choose(self, running_sum: Tensor, tokens: Tensor | int) -> Tensor:
+        """All neurons: there is no set that holds for a whole sequence."""
+        return torch.ones_like(running_sum, dtype=torch.bool)
+
+
 Rule = TokenRule | SequenceRule
 
 
@@ -60,13 +76,15 @@ class Method(ABC):
 
     `name`: the registry's key. `level`: "none", "token" or "sequence". `prefill`: whether a
     token-level rule also governs the tokens of multi-token forwards. `min_prompt`: tokens a
-    sequence-level method wants to see before it chooses.
+    sequence-level method wants to see before it chooses. `refresh`: a sequence-level method's every
+    so many-th decoded token is computed with all neurons and enters the statistic (None: none).
     """
 
     name: ClassVar[str]
     level: ClassVar[str]
     prefill = False
     min_prompt = 8
+    refresh: int | None = None
 
     @property
     @abstractmethod
@@ -80,6 +98,15 @@ class Method(ABC):
     def validate(self, layers: int, fingerprint: Callable[[], str]) -> None:  # noqa: B027
         """Raise ConfigurationError (ArtifactError for another model's thresholds) if the method
         does not fit a model with this many MLPs and this fingerprint of its weights."""
+
+
+def compact(active: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Sets bool [rows, f] -> what the `given` plan takes: the union's indices int32 [f] and count
+    int32 [1], and which row uses which, uint8 [rows, f] (None for one row)."""
+    mask = None if active.shape[0] == 1 else active.to(torch.uint8)
+    values = active[0].float() if mask is None else mask.amax(0).float()
+    indices, count = ops.threshold_compact(values, values.new_full((1,), 0.5))
+    return indices, count, mask
 
 
 def check_count(name: str, value: int) -> None:

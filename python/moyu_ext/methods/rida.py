@@ -14,8 +14,7 @@ from .. import ops
 from ..errors import ArtifactError, ConfigurationError
 from ..patching.families import MlpWeights
 from ..routers.experts import LayerExperts
-from ..routers.router import union
-from .base import Method, TokenRule, check_density
+from .base import Method, TokenRule, check_density, compact
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -87,7 +86,6 @@ class _Routed(TokenRule):
         self.bias = layer.bias.to(device, dtype)
         self.assignment = layer.assignment.to(device, torch.long)
         self.count = max(1, round(density * layer.experts))
-        self.half = torch.tensor([0.5], dtype=torch.float32, device=device)
 
     def choose(self, x: Tensor) -> Tensor:
         """x [rows, d] -> bool [rows, f]."""
@@ -100,8 +98,7 @@ class _Routed(TokenRule):
     def apply(self, x: Tensor, weights: MlpWeights) -> tuple[Tensor, Tensor]:
         w = weights
         active = self.choose(x)
-        values, mask = union(active)
-        indices, count = ops.threshold_compact(values, self.half)
+        indices, count, mask = compact(active)
         out = ops.sparse_mlp(
             x,
             w.gate,

@@ -13,8 +13,8 @@ from torch import Tensor
 from .. import ops
 from ..errors import ArtifactError, ConfigurationError
 from ..patching.families import MlpWeights
-from ..routers.router import LayerRouter, union
-from .base import Method, TokenRule, check_density
+from ..routers.router import LayerRouter
+from .base import Method, TokenRule, check_density, compact
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -41,11 +41,7 @@ class RODA(Method):
     level = "token"
 
     def __post_init__(self) -> None:
-        if not getattr(self.router, "layers", None):
-            raise ConfigurationError(
-                f"router is {self.router!r}; expected a Router from train_router() or "
-                "Router.from_pretrained(directory)"
-            )
+        check_router(self.router)
         if self.density is not None:
             check_density(self.density)
 
@@ -65,18 +61,7 @@ class RODA(Method):
 
     def validate(self, layers: int, fingerprint: Callable[[], str]) -> None:
         """See `Method`."""
-        count = len(self.router.layers)
-        if count != layers:
-            raise ConfigurationError(
-                f"the router has {count} layers, the model has {layers} MLPs; train a router on "
-                "this model"
-            )
-        actual = fingerprint()
-        if actual != self.router.fingerprint:
-            raise ArtifactError(
-                "the router was trained on another model: its fingerprint is "
-                f"{self.router.fingerprint}, this model's is {actual}; train one on this model"
-            )
+        check_router_fits(self.router, layers, fingerprint)
 
     def bind(self, index: int, weights: MlpWeights) -> TokenRule:
         """See `Method`."""
@@ -92,7 +77,6 @@ class _Predicted(TokenRule):
         self.added_bytes = self.first.nbytes + self.second.nbytes + self.bias.nbytes
         threshold = layer.threshold if density is None else layer.threshold_for(density)
         self.threshold = torch.tensor([threshold], dtype=torch.float32, device=device)
-        self.half = torch.tensor([0.5], dtype=torch.float32, device=device)
 
     def predict(self, x: Tensor) -> Tensor:
         """x [rows, d] -> bool [rows, f]; a NaN counts as active and so reaches the output."""
@@ -102,8 +86,7 @@ class _Predicted(TokenRule):
     def apply(self, x: Tensor, weights: MlpWeights) -> tuple[Tensor, Tensor]:
         w = weights
         active = self.predict(x)
-        values, mask = union(active)
-        indices, count = ops.threshold_compact(values, self.half)
+        indices, count, mask = compact(active)
         out = ops.sparse_mlp(
             x,
             w.gate,
@@ -121,3 +104,29 @@ class _Predicted(TokenRule):
 
     def active(self, x: Tensor, gate: Tensor, product: Tensor) -> Tensor:
         return self.predict(x)
+
+
+def check_router(router: Any) -> None:
+    """Raise ConfigurationError unless it is a router, as far as can be told without a model."""
+    if not getattr(router, "layers", None):
+        raise ConfigurationError(
+            f"router is {router!r}; expected a Router from train_router() or "
+            "Router.from_pretrained(directory)"
+        )
+
+
+def check_router_fits(router: Any, layers: int, fingerprint: Callable[[], str]) -> None:
+    """Raise ConfigurationError unless the router is for this number of layers, ArtifactError where
+    it was trained on another model."""
+    count = len(router.layers)
+    if count != layers:
+        raise ConfigurationError(
+            f"the router has {count} layers, the model has {layers} MLPs; train a router on "
+            "this model"
+        )
+    actual = fingerprint()
+    if actual != router.fingerprint:
+        raise ArtifactError(
+            "the router was trained on another model: its fingerprint is "
+            f"{router.fingerprint}, this model's is {actual}; train one on this model"
+        )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..errors import ConfigurationError, PatchStateError
 from ..methods.base import SequenceRule
-from .sequence_state import SequenceState, attach, state_of
+from .sequence_state import SHORT, SequenceState, attach, state_of
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class Pass:
 
     decode: every sequence obeys its set. Otherwise all neurons are computed, tokens in `learn`
     (bool [batch, length]; None: all) enter the statistic if `learns`, and tokens in `govern` (None:
-    none) obey the rule or set. choose: the set is chosen in between, for scoring.
+    none) obey the rule or set; those of them in `refresh` (None: none) by using all neurons.
+    choose: the set is chosen in between, for scoring.
     """
 
     batch: int
@@ -35,6 +36,7 @@ class Pass:
     learns: bool = False
     learn: Tensor | None = None
     govern: Tensor | None = None
+    refresh: Tensor | None = None
     choose: bool = False
 
 
@@ -93,12 +95,18 @@ class SequenceHooks:
     """Forward hooks on the decoder for a sequence-level method."""
 
     def __init__(
-        self, decoder: nn.Module, context: Context, layers: Sequence[Layer], min_prompt: int
+        self,
+        decoder: nn.Module,
+        context: Context,
+        layers: Sequence[Layer],
+        min_prompt: int,
+        refresh: int | None = None,
     ) -> None:
         self.arguments = Arguments(decoder)
         self.context = context
         self.layers = layers
         self.min_prompt = min_prompt
+        self.refresh = refresh
         self.owner = uuid.uuid4().hex
         self.paused = False  # while other hooks decide (scoring)
 
@@ -127,13 +135,24 @@ class SequenceHooks:
                     "the sets of a sequence-level method can follow"
                 )
             state = None  # emptied, and used for another batch
-        if state is not None and state.decodes(length):
+        if state is not None and state.decodes(length) and not self._due(state):
+            if self.refresh is not None:
+                state.steps += length
             if not torch.compiler.is_compiling() and not state.closed:
                 state.close()
             state.closed = True
             self.context.current = Pass(batch, length, state, decode=True)
             return
         self.context.current = self._slow(batch, length, cache, state, args, kwargs)
+
+    def _due(self, state: SequenceState) -> bool:
+        """Whether the next token is a refresh; never in a traced forward, which cannot count."""
+        return (
+            self.refresh is not None
+            and not torch.compiler.is_compiling()
+            and state.ready
+            and state.steps + 1 >= self.refresh
+        )
 
     def _slow(
         self,
@@ -160,7 +179,8 @@ class SequenceHooks:
             state = self.new_state(batch)
             if cache is not None:
                 attach(cache, state)
-        learners = state.start(length, past)
+        again = past > 0 and length <= SHORT and self._due(state)
+        learners = state.start(length, past, again)
         if (state.pending & ~learners).any():
             self.choose(state)
         if state.closed and state.ready:
@@ -168,7 +188,8 @@ class SequenceHooks:
         mask = self.arguments.get("attention_mask", args, kwargs)
         real = real_tokens(mask, batch, length, past)
         if learners.all():
-            return Pass(batch, length, state, learns=True, learn=real)
+            used = torch.ones(batch, length, dtype=torch.bool) if again else None
+            return Pass(batch, length, state, learns=True, learn=real, govern=used, refresh=used)
         learn = learners.unsqueeze(1).expand(batch, length)
         if real is not None:
             learn = learn.to(real.device) & real
@@ -264,8 +285,19 @@ class ScoringHooks:
         for layer in self.sequences.layers:
             layer.refreshes += int(enough.sum())
         govern = govern & real & enough.unsqueeze(1)
+        refresh = None
+        every = self.sequences.refresh
+        if every is not None:
+            refresh = govern & (govern.cumsum(1) % every == 0)
         self.context.current = Pass(
-            batch, length, state, learns=True, learn=learn, govern=govern, choose=True
+            batch,
+            length,
+            state,
+            learns=True,
+            learn=learn,
+            govern=govern,
+            refresh=refresh,
+            choose=True,
         )
 
     def after(

@@ -94,7 +94,7 @@ def patch(
                 "past_key_values, so a sequence-level method has no sequences to follow; patch "
                 "with a per-token method (Dense, TDA)"
             )
-        hooks = SequenceHooks(decoder, context, mlps, method.min_prompt)
+        hooks = SequenceHooks(decoder, context, mlps, method.min_prompt, method.refresh)
     patched = _Patch(method, mlps, decoder, context, hooks)
     try:
         for mlp in mlps:

@@ -142,6 +142,7 @@ class SequenceState:
         # sequence is in DECODE.
         self.ready = False
         self.closed = False
+        self.steps = 0  # tokens decoded since the statistic changed; counted where that matters
 
     @_plainly
     def reset(self) -> None:
@@ -173,15 +174,18 @@ class SequenceState:
             self.close()
 
     @_plainly
-    def start(self, length: int, past: int) -> Tensor:
-        """Begin a forward of `length` tokens behind `past` cached ones: which sequences learn."""
+    def start(self, length: int, past: int, refresh: bool = False) -> Tensor:
+        """Begin a forward of `length` tokens behind `past` cached ones: which sequences learn.
+
+        refresh: all of them, although they decode.
+        """
         self._settle()
         if past == 0:
             self.reset()
         elif past < int(self.end.max()):
             # Shortened behind our back, without crop(); nothing tells that its prompt is over.
             self.crop(past, over=False)
-        if length > SHORT:
+        if length > SHORT or refresh:
             self.counted &= self.open
             self.open.fill_(True)
             self.closed = False
@@ -200,6 +204,7 @@ class SequenceState:
     def learned(self, length: int, past: int, entered: Tensor) -> None:
         """After the layers learned: bool [B, length], which tokens entered the statistic."""
         learners = self.open
+        self.steps = 0
         self.tokens += entered.sum(1)
         columns = torch.cat([self.columns, torch.arange(past, past + length)])
         self.columns = columns[-TAIL:]

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..errors import PatchStateError
-from ..methods.base import Method, SequenceRule, TokenRule
+from ..methods.base import AdaptiveRule, Method, SequenceRule, TokenRule, compact
 from ..reference import ACTIVATIONS
 from .families import MlpSite, MlpWeights
 from .passes import Context, Pass
+from .sequence_state import LayerState
 
 
 class _InferenceOnly(torch.autograd.Function):
@@ -188,12 +189,32 @@ class SparseMLP(StandIn):
             return self._dense(x, weights)
         assert current.state is not None
         layer = current.state.layers[self.slot]
+        if isinstance(self.rule, AdaptiveRule):
+            return self._adapted(x, weights, current)
         mask = None
         if current.batch > 1:
             mask = layer.mask
             if current.length > 1:
                 mask = mask.repeat_interleave(current.length, 0)
+        self.active.add_(layer.active, alpha=current.length)
+        return self._sparse(x, weights, layer.indices, layer.count, mask)
+
+    def _adapted(self, x: Tensor, weights: MlpWeights, current: Pass) -> Tensor:
+        """Decode under a rule that looks at the tokens and at their sequences."""
+        assert current.state is not None
+        assert isinstance(self.rule, AdaptiveRule)
+        total = current.state.layers[self.slot].total().unsqueeze(1)
+        tokens = current.state.tokens.to(x.device).view(-1, 1, 1)
+        shape = (current.batch, current.length, self.d)
+        active = self.rule.active(x.reshape(shape), total, tokens).view(-1, self.f)
+        self.active.add_(active.sum())
+        return self._sparse(x, weights, *compact(active))
+
+    def _sparse(
+        self, x: Tensor, weights: MlpWeights, indices: Tensor, count: Tensor, mask: Tensor | None
+    ) -> Tensor:
         w = weights
+        rows = x.numel() // self.d
         out = ops.sparse_mlp(
             x.reshape(rows, self.d),
             w.gate,
@@ -202,12 +223,11 @@ class SparseMLP(StandIn):
             w.gate_bias,
             w.up_bias,
             w.down_bias,
-            layer.indices,
-            layer.count,
+            indices,
+            count,
             mask,
             w.activation,
         )
-        self.active.add_(layer.active, alpha=current.length)
         self.tokens.add_(rows)
         return self._finish(out, x)
 
@@ -249,13 +269,34 @@ class SparseMLP(StandIn):
             active = active.view(shape)
         else:
             assert layer is not None
-            active = layer.mask.bool().unsqueeze(1)
+            active = self._of_sequence(x, a, layer, current)
+        if current.refresh is not None:
+            active = active | current.refresh.to(x.device).unsqueeze(-1)
         governed = govern.sum()
         self.active.add_((active & govern).sum())
         self.tokens.add_(governed)
         self.dense_tokens.add_(rows - governed)
         a = a.masked_fill(govern & ~active, 0.0)
         return self._down(a.view(product.shape), weights)
+
+    def _of_sequence(self, x: Tensor, a: Tensor, layer: LayerState, current: Pass) -> Tensor:
+        """What each token may use under a sequence-level rule, bool [B, n or 1, f]."""
+        rule, state = self.rule, current.state
+        assert isinstance(rule, SequenceRule) and state is not None
+        adaptive = isinstance(rule, AdaptiveRule)
+        if not adaptive and (current.refresh is None or not current.choose):
+            return layer.mask.bool().unsqueeze(1)
+        total = layer.total().unsqueeze(1)
+        tokens = state.tokens.clamp_min(1).to(x.device).view(-1, 1, 1)
+        if current.refresh is not None and current.choose:
+            # Scoring: what each token knows from the refreshed ones before it.
+            again = current.refresh.to(x.device).unsqueeze(-1)
+            s = rule.statistic(a.reshape(-1, self.f)).view(a.shape).masked_fill(~again, 0.0)
+            total = total + s.cumsum(1) - s
+            tokens = tokens + again.cumsum(1) - again.long()
+        if isinstance(rule, AdaptiveRule):
+            return rule.active(x.reshape(*a.shape[:2], self.d), total, tokens)
+        return rule.choose(total, tokens)
 
     def _activations(self, x: Tensor, weights: MlpWeights) -> tuple[Tensor, Tensor]:
         """act(W_gate x) and a(x), [..., f] in the model's dtype, as the model computes them."""

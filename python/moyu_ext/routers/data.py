@@ -25,12 +25,13 @@ from ..reference import activations
 
 MEMORY = 2 << 30  # bytes of inputs that are held at once
 _PARTS = (0.8, 0.1, 0.1)  # of the windows: training, choosing thresholds, reporting
+_FEW = 10  # texts below which windows of one text may be in two parts
 _CHUNK = 1024  # tokens whose [tokens, f] norms are held at once
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows of ids, split so that no text is in two parts by chance of the draw."""
+    """Windows of ids. The parts share no text, unless there are fewer than ten of them."""
 
     train: list[list[int]]
     validation: list[list[int]]
@@ -60,20 +61,21 @@ def read_windows(
     else:
         rows = encode_texts(tokenizer, read_texts(texts, max_tokens), max_tokens, window)
     check_ids(model, (i for row in rows for i in row))
-    pieces = windows(rows, max_tokens, window)
-    while len(pieces) < 10 and window > 16:
+    while len(rows) < _FEW and window > 16:  # few texts: their windows stand in for them
         window //= 2
-        pieces = windows(rows, max_tokens, window)
-    if len(pieces) < 3:
+        rows = windows(rows, max_tokens, window)
+    if len(rows) < 3:
         raise ConfigurationError(
-            f"texts give {len(pieces)} windows of up to {window} tokens, at least 3 are needed "
+            f"texts give {len(rows)} windows of up to {window} tokens, at least 3 are needed "
             "(to train, to choose thresholds, to report); pass more text or more tokens"
         )
-    order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed)).tolist()
-    pieces = [pieces[i] for i in order]
-    held = [max(1, round(part * len(pieces))) for part in _PARTS[1:]]
-    first, second = len(pieces) - sum(held), len(pieces) - held[1]
-    return Windows(pieces[:first], pieces[first:second], pieces[second:])
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    rows = [rows[i] for i in order]
+    held = [max(1, round(part * len(rows))) for part in _PARTS[1:]]
+    first, second = len(rows) - sum(held), len(rows) - held[1]
+    parts = (rows[:first], rows[first:second], rows[second:])
+    budgets = [max(1, round(part * max_tokens)) for part in _PARTS]
+    return Windows(*(windows(p, b, window) for p, b in zip(parts, budgets, strict=True)))
 
 
 @dataclass(frozen=True)

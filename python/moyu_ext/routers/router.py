@@ -7,7 +7,6 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import ArtifactError, ConfigurationError
@@ -16,7 +15,7 @@ from . import artifact
 FORMAT_VERSION = 1
 QUANTILES = 201  # of the scores, kept so that a density can be asked for later
 _AGAIN = "train the router again (`moyu train-router MODEL`)"
-_TENSORS = ("first", "second", "bias", "quantiles")
+_TENSORS = ("first", "second", "bias", "quantiles", "rate")
 
 
 @dataclass(frozen=True)
@@ -24,16 +23,19 @@ class LayerRouter:
     """The predictor of one layer: scores(x) = second (first x) + bias, a logit per neuron.
 
     first: [r, d]; second: [f, r]; bias: [f]; quantiles: `QUANTILES` evenly spaced quantiles of the
-    scores on validation text; all float32. Neuron i is predicted active where its score is at
-    least `threshold`. `recall`, `precision` and `density` are those at the threshold on held-out
-    text; `energy` the share of the active neurons' squared norms that was found; `labels` the share
-    of neurons that are active in truth.
+    scores on validation text; rate: [f], how often each neuron was active in training; all float32.
+    Neuron i is active in truth where ||n_i(x)|| >= epsilon, and predicted active where its score
+    is at least `threshold`. `recall`, `precision` and `density` are those at the threshold on
+    held-out text; `energy` the share of the active neurons' squared norms that was found; `labels`
+    the share of neurons that are active in truth.
     """
 
     first: Tensor
     second: Tensor
     bias: Tensor
     quantiles: Tensor
+    rate: Tensor
+    epsilon: float
     threshold: float
     recall: float
     precision: float
@@ -132,12 +134,3 @@ class Router:
 def _layer(numbers: dict[str, float], tensors: dict[str, Tensor]) -> LayerRouter:
     everything: dict[str, Any] = {**numbers, **tensors}
     return LayerRouter(**everything)
-
-
-def union(active: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Sets bool [rows, f] -> what the `given` plan takes: float32 [f], 1 in the union of the sets,
-    and the mask uint8 [rows, f] (None for one row)."""
-    if active.shape[0] == 1:
-        return active[0].float(), None
-    mask = active.to(torch.uint8)
-    return mask.amax(0).float(), mask

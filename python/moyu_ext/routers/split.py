@@ -38,8 +38,9 @@ def split_experts(
     """Group each MLP's neurons into experts of one size and train a router for them.
 
     split: "kmeans": balanced k-means on the rows of W_gate (W_up without a gate), of unit length;
-    "coactivation": balanced k-means on the leading directions of which tokens use a neuron, with
-    its norms as weights; "random". The router, second tanh(first x) + bias, is trained to predict
+    "coactivation": a balanced spectral partition of the graph whose edges say how much two neurons
+    are active on the same tokens (k-means on the leading eigenvectors, never forming the [f, f]
+    graph); "random". The router, second tanh(first x) + bias, is trained to predict
     each expert's share of the squared neuron norms. The weights stay where they are: an expert is a
     list of neurons. texts and max_tokens as for `train_router`.
 

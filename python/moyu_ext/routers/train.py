@@ -158,12 +158,14 @@ def _fit(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, _RATE, total_steps=steps + 1)
     generator = torch.Generator().manual_seed(seed)
     scale = _positive_weight(inputs.train, weights, epsilon)
+    seen = torch.zeros(weights.f, device=place)
     with torch.enable_grad():
         for _ in range(epochs):
             for batch in torch.randperm(len(x), generator=generator).split(_BATCH):
                 rows = x[batch.to(place)]
                 norms = neuron_norms(rows, weights)
                 labels = (norms >= epsilon).float()
+                seen += labels.sum(0)
                 # A neuron twice the threshold costs twice as much to miss, up to four times.
                 size = (norms / max(epsilon, 1e-30)).clamp(1, 4)
                 weight = torch.where(labels > 0, scale * size, torch.ones_like(size))
@@ -175,7 +177,8 @@ def _fit(
                 schedule.step()
     trained = [p.detach() for p in parameters]
     threshold, quantiles = _thresholds(inputs.validation, weights, epsilon, recall, *trained)
-    return _measured(inputs.test, weights, epsilon, threshold, quantiles, *trained)
+    rate = seen.cpu() / (epochs * len(x))
+    return _measured(inputs.test, weights, epsilon, threshold, quantiles, rate, *trained)
 
 
 def _start(
@@ -237,6 +240,7 @@ def _measured(
     epsilon: float,
     threshold: float,
     quantiles: Tensor,
+    rate: Tensor,
     first: Tensor,
     second: Tensor,
     bias: Tensor,
@@ -259,6 +263,8 @@ def _measured(
         second=second.cpu(),
         bias=bias.cpu(),
         quantiles=quantiles,
+        rate=rate,
+        epsilon=epsilon,
         threshold=threshold,
         recall=hits / positives if positives else 1.0,
         precision=hits / chosen if chosen else 1.0,
