@@ -321,7 +321,7 @@ def _claims(
     good_models = [m for m, gap in repaired.items() if bootstrap(gap, setting.seed).low > 0]
     report.judged(
         "section 1 (RIDA adjusts in real time)",
-        "a router that goes on learning from the running text makes up for the change of history",
+        "a router that goes on learning from the running text regains recall",
         "gain of recall: "
         + "; ".join(f"{m} {_p(gap, setting.seed)}" for m, gap in repaired.items())
         + ". Online: " + both("online"),
