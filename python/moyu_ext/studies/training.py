@@ -42,8 +42,8 @@ SHAPE: dict[str, Any] = {
     "eos_token_id": None,
 }
 LENGTH = 128  # bytes of a row
-ROWS = 16  # of a batch
-POINTS = (0, 10, 25, 50, 100, 150, 200, 300, 400)
+ROWS = 8  # of a batch
+POINTS = (0, 10, 25, 50, 100, 200, 300)
 RATE = 3e-3
 _WARM_UP = 20
 CURVES = ("loss", "sparsity", "zeros", "gradient")
@@ -163,12 +163,12 @@ def measured(subject: Subject, texts: list[str]) -> dict[str, Any]:
     """One point: held-out loss (nats per byte), sparsity at CETT 0.2, share of exact zeros, and
     the mean gradient where a > 0 relative to its mean size, for each text."""
     whole = _bytes(texts)
-    rows = whole[: len(whole) // LENGTH * LENGTH].view(-1, LENGTH)[:ROWS]
+    rows = whole[: len(whole) // LENGTH * LENGTH].view(-1, LENGTH)[: 2 * ROWS]
     with torch.no_grad():
         logits = subject.model(input_ids=rows, use_cache=False).logits
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten()).item()
     thresholds = calibrate(
-        subject.model, Bytes(), texts, cett=CETT, sequential=False, progress=False, max_tokens=2048
+        subject.model, Bytes(), texts, cett=CETT, sequential=False, progress=False, max_tokens=1024
     )
     return {
         "loss": loss,
@@ -267,13 +267,13 @@ def _claims(
             for n, found in values.items()
         }
         held = [n for n, interval in signs.items() if interval.sign > 0]
-        report.judged(
-            "section 3.1",
-            f"the gradient of positive activations is positive in expectation, {name}",
-            "mean in units of its size: " + "; ".join(f"{n} {i}" for n, i in signs.items()),
-            held,
-            signs,
-        )
+        text = "mean in units of its size: " + "; ".join(f"{n} {i}" for n, i in signs.items())
+        claim = f"the gradient of positive activations is positive in expectation, {name}"
+        if all(interval.sign == 0 for interval in signs.values()):
+            more = "more seeds and texts: at this size no sign can be told from zero"
+            report.claim("section 3.1", claim, text, "open", more)
+        else:
+            report.judged("section 3.1", claim, text, held, signs)
     pulls_of = {n: found["gradient"][:, 1:].mean((1, 2)) for n, found in values.items()}
     p = permutation_p(
         values["ReLU"]["gradient"][:, 1:].mean(1), values["SwiGLU"]["gradient"][:, 1:].mean(1),
