@@ -236,7 +236,7 @@ def _activation_functions(setting: Setting, report: Report) -> None:
     report.numbers["relu_against_swiglu"] = [
         {"scale": r[0], "share_below": r[1], "ratio": r[4]} for r in rows
     ]
-    last = rows.pop()
+    *rows, last = rows
     report.claim(
         "eq. 5 (no negative features)",
         "without the assumption that features are not negative, activations still shrink",

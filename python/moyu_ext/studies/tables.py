@@ -86,7 +86,7 @@ def _of_model(
                     continue
                 limit = setting.size(40 if task != "gsm8k" else 10, 2)
                 try:
-                    data = setting.need_data(f"bench/ with {task}")
+                    data = setting.need_data("bench/ with the tasks")
                     found, density = accuracy(subject, made[name](), task, data, limit, without)
                 except (MoyuError, OSError) as error:
                     row[column] = Cell("empty", reason=str(error))
