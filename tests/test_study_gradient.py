@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from moyu_ext.evaluation.statistics import bootstrap
 from moyu_ext.reference import activations
-from moyu_ext.studies.activation_gradients import pulls, recorded_activations, untrained
+from moyu_ext.studies.activation_gradients import own_text, pulls, recorded_activations, untrained
 from moyu_ext.studies.gradient import (
     CASES,
     SCALE,
@@ -130,3 +131,15 @@ def test_study_writes_its_verdicts(tiny, tmp_path: Path) -> None:
     assert found["numbers"]["equation_4_relative_error"]["relu"] < 1e-12
     assert found["numbers"]["equation_4_relative_error"]["swiglu"] > 0.1
     assert set(found["models"]) == {"llama", "llama-relu"}
+
+
+def test_own_text_is_drawn_from_the_model(tiny) -> None:
+    subject = tiny_subject(tiny)
+    rows = own_text(subject, 12, 6, seed=0)
+    assert rows.shape == (6, 12) and len(rows.unique(dim=0)) == 6
+    # As likely as the model says: over many draws the expected gradient is zero.
+    many = own_text(subject, 12, 64, seed=1)
+    found = bootstrap(pulls(subject.model, subject.sites, many)["positive"].mean(1))
+    drawn = torch.randint(3, 100, (64, 12), generator=torch.Generator().manual_seed(0))
+    other = bootstrap(pulls(subject.model, subject.sites, drawn)["positive"].mean(1))
+    assert found.sign == 0 and abs(found.mean) < abs(other.mean) + other.high - other.low

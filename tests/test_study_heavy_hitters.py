@@ -110,8 +110,8 @@ def test_study_writes_its_verdicts(tiny, tmp_path: Path) -> None:
     run(setting, report)
     report.write(setting.describe())
     found = json.loads((tmp_path / "out" / "heavy_hitters.json").read_text())
-    assert len(found["claims"]) == 6
+    assert len(found["claims"]) == 8
     quality = found["numbers"]["llama"]["quality"]
-    assert set(quality) == {"dense", "TDA", "sTDA", "sRIDA"}
+    assert set(quality) == {"dense", "TDA", "sTDA", "sRIDA", "qRIDA"}
     assert quality["dense"]["density"] == 1 and quality["sRIDA"]["density"] == 0.5
     assert not any(hasattr(m, "is_stand_in") for m in setting.subject("llama").model.modules())

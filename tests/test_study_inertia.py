@@ -83,6 +83,14 @@ def test_overlap_by_distance_finds_a_period(tiny, tmp_path: Path) -> None:
     assert found["overlap"] == [0, 1, 0, 1] and found["of different texts"] == 0
 
 
+def test_texts_that_run_alike_are_compared_at_one_distance(tiny, tmp_path: Path) -> None:
+    setting = tiny_setting(tiny, tmp_path)
+    one = torch.rand(1, 1, 40, 12, generator=torch.Generator().manual_seed(0)) > 0.5
+    found = _overlap(setting, one.expand(1, 3, 40, 12), [1, 2])  # three times the same text
+    assert found["of different texts"] == pytest.approx(found["overlap"][0])
+    assert found["next token over other text"]["mean"] == pytest.approx(0, abs=1e-12)
+
+
 def test_coverage_counts_neurons_by_distance(tiny, tmp_path: Path) -> None:
     setting = tiny_setting(tiny, tmp_path)
     norms = torch.full((1, 2, 12, 10), 0.01)

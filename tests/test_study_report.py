@@ -30,6 +30,7 @@ def test_report_writes_json_markdown_and_figure(tmp_path: Path) -> None:
     report = Report("heavy-hitters", "A title", "Table 5", tmp_path)
     report.claim("eq. 1", "a claim", "a number", "holds only if", "the sun shines")
     report.table("numbers", ["a", "b"], [["x", 0.123456789], ["y", float("nan")]])
+    report.table("norms", ["|v|"], [["|w|"]])
     report.numbers["tensor"] = torch.tensor([1.0, float("inf")])
     with report.figure("curve", "a curve") as figure:
         figure.subplots().plot([1, 2])
@@ -41,6 +42,7 @@ def test_report_writes_json_markdown_and_figure(tmp_path: Path) -> None:
     text = (tmp_path / "heavy_hitters.md").read_text()
     assert "| a claim (eq. 1) | a number | **holds only if** the sun shines |" in text
     assert "| x | 0.1235 |" in text and "| y | - |" in text
+    assert "| \\|v\\| |" in text and "| \\|w\\| |" in text
     assert (tmp_path / "heavy_hitters_curve.png").read_bytes()[:4] == b"\x89PNG"
     assert "heavy_hitters_curve.png" in text
 
@@ -53,6 +55,14 @@ def test_report_does_not_change_from_run_to_run(tmp_path: Path) -> None:
         report.write(Setting().describe())
     for name in ("gradient.json", "gradient.md", "gradient_f.png"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_a_claim_judged_model_by_model(tmp_path: Path) -> None:
+    report = Report("gradient", "t", "s", tmp_path)
+    for held in ([], ["a"], ["a", "b"]):
+        report.judged("s", "c", "m", held, {"a": 1, "b": 2})
+    verdicts = [(claim.verdict, claim.condition) for claim in report.claims]
+    assert verdicts == [("fails", ""), ("holds only if", "the model is a"), ("holds", "")]
 
 
 def test_claim_refuses_unknown_verdicts_and_missing_conditions() -> None:

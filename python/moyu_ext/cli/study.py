@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import ConfigurationError
+from .common import make_directory
 
 if TYPE_CHECKING:
     from ..studies import Study
@@ -49,6 +51,13 @@ def study(
     quick: Annotated[
         bool, typer.Option("--quick", help="Small sizes: a look, not a verdict.")
     ] = False,
+    bench: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Rows of `moyu bench decode --json` for table 3. Default: the committed ones.",
+        ),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Skip studies whose results are there already.")
     ] = False,
@@ -65,13 +74,19 @@ def study(
         history         eq. 7-10: does importance depend on the history, and a router on its text
         inertia         figures 1-4: overlap of active sets, what a prompt's set covers
         heavy-hitters   section 3.2.2 and table 5: removing the tokens that attention dwells on
-        routers         RODA and RIDA trained: recall, precision, density, quality
-        pareto          every method: quality against realised density
         tables          tables 1-5 with the paper's own figures beside what is measured here
+<<<<<<< HEAD
         qrida           a router made of the weights, against every other way to rank neurons
         qrida-bytes     top-k or thresholds, and each method's bytes at perplexity +1 %
         qrida-guard     CETT on text of another kind, with the guard and without
         all             all of them, and findings.md
+=======
+        all             all of them, and all verdicts in findings.md
+
+    \b
+    Without --data and --text the text is made from the seed: shipped stories, stories that the
+    shipped twins write, and patterns filled at random.
+>>>>>>> studies
 
     \b
     Examples
@@ -83,14 +98,14 @@ def study(
     from ..studies.setting import Setting
 
     chosen = list(STUDIES.values()) if name == "all" else [find(name)]
-    if out.exists() and not out.is_dir():
-        raise ConfigurationError(f"--out {out} is a file; name a directory")
+    _check_out(out)
     setting = Setting(
         models=model or (),
         data=data,
         texts=text or (),
         seed=seed,
         quick=quick,
+        bench=bench,
         log=lambda line: typer.echo(f"  {line}", err=True),
     )
     _quiet()
@@ -100,6 +115,18 @@ def study(
         from ..studies.findings import write_findings
 
         typer.echo(f"all verdicts: {write_findings(out)}")
+
+
+def _check_out(out: Path) -> None:
+    """Find out now, rather than after the work, whether files can be written to the directory."""
+    make_directory(out)
+    try:
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise ConfigurationError(
+            f"--out {out} cannot be written to ({error.strerror}); name another directory"
+        ) from error
 
 
 def _run(study: Study, setting: Setting, out: Path, resume: bool) -> None:

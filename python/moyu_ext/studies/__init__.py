@@ -31,8 +31,11 @@ STUDIES: dict[str, Study] = {
     study.name: study
     for study in (
         Study("gradient", "gradient", "Why activations shrink in training", "eq. 1-6"),
+        Study("training", "training", "When over-activation appears", "section 3.1"),
+        Study("history", "history", "Weight importance and history", "eq. 7-10, section 3.2.1"),
         Study("inertia", "inertia", "Activation inertia", "section 3.2.2, Figures 1-4"),
         Study("heavy-hitters", "heavy_hitters", "Heavy hitters", "section 3.2.2, Table 5"),
+        Study("tables", "tables", "The paper's tables", "Tables 1-5"),
         Study("qrida", "qrida", "A router made of the weights", "beyond the paper"),
         Study("qrida-bytes", "qrida_bytes", "What the bytes buy", "beyond the paper"),
         Study("qrida-guard", "qrida_guard", "The guard on shifted text", "beyond the paper"),

@@ -11,10 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..calibration.text import write_own
 from ..evaluation.statistics import Interval, bootstrap
 from ..patching.families import MlpSite, find_mlps
 from .report import Report
 from .setting import Setting, Subject
+
+OWN = "trained, on its own text"
 
 
 @contextmanager
@@ -77,17 +80,26 @@ def untrained(subject: Subject, seed: int) -> nn.Module:
     return fresh.float().eval()
 
 
+def own_text(subject: Subject, length: int, count: int, seed: int) -> Tensor:
+    """Ids [<= count, length] that the model writes at temperature 1: y is drawn from its own p."""
+    rows = write_own(subject.model, subject.tokenizer, 2 * count * length, length, seed)
+    return torch.tensor([row for row in rows if len(row) == length][:count])
+
+
 def of_models(setting: Setting, report: Report) -> None:
     """The last part of the `gradient` study."""
-    count, length, seeds = setting.size(24, 4), setting.size(128, 32), setting.size(8, 2)
-    found: dict[str, dict[str, Any]] = {"trained": {}, "untrained": {}}
+    count, length, seeds = setting.size(24, 4), setting.size(64, 32), setting.size(8, 2)
+    found: dict[str, dict[str, Any]] = {"trained": {}, OWN: {}, "untrained": {}}
     for subject in setting.subjects():
         report.models[subject.name] = subject.describe()
-        rows = setting.rows(subject, length, count)
+        rows = setting.rows(subject, length, count, human=True)
         setting.log(f"gradients of {subject.name}")
         # The unit of chance is the text for one trained model, and the draw of the weights, over
         # which the theorem takes its expectation, for untrained ones.
         found["trained"][subject.name] = pulls(subject.model, subject.sites, rows)
+        found[OWN][subject.name] = pulls(
+            subject.model, subject.sites, own_text(subject, length, count, setting.seed)
+        )
         draws = []
         for seed in range(seeds):
             fresh = untrained(subject, setting.seed + seed)
@@ -118,6 +130,17 @@ def _report(setting: Setting, report: Report, found: dict[str, dict[str, Any]], 
             share = measured["active"].mean().item()
             above = f"{int((layers > 0).sum())} of {len(layers)}"
             table.append([name, activation, state, share, str(positive), str(shrink), above])
+        text = "; ".join(f"{name} {_short(m)}" for name, m in signs.items())
+        if state == OWN:
+            report.judged(
+                "eq. 4",
+                "where y is drawn from the model's own distribution, the expected gradient of "
+                "positive activations is zero (this project's prediction, not the paper's)",
+                text,
+                [name for name, m in signs.items() if m.sign == 0],
+                signs,
+            )
+            continue
         held = [name for name, m in signs.items() if m.sign > 0]
         verdict, condition = "fails", ""
         if held:
@@ -128,7 +151,7 @@ def _report(setting: Setting, report: Report, found: dict[str, dict[str, Any]], 
         report.claim(
             "section 3.1",
             f"in a language model ({state}) the mean gradient of positive activations is positive",
-            "; ".join(f"{name} {_short(m)}" for name, m in signs.items()),
+            text,
             verdict,
             condition,
         )
@@ -144,20 +167,22 @@ def _report(setting: Setting, report: Report, found: dict[str, dict[str, Any]], 
             "layers with a positive mean",
         ],
         table,
-        "In units of the mean size of the gradient; 95 % bootstrap interval over texts (trained) "
-        f"or draws of the weights (untrained); {sizes}. The theorem predicts positive values.",
+        "Human text, save where the model's own is named. In units of the mean size of the "
+        "gradient; 95 % bootstrap interval over texts (trained) or draws of the weights "
+        f"(untrained); {sizes}. The theorem predicts positive values.",
     )
     with report.figure("models", "Mean gradient of positive activations, layer by layer") as figure:
         ax = figure.subplots()
         for state, models in found.items():
             for name, measured in models.items():
                 layers = measured["positive"].mean(0)
-                style = "o-" if state == "trained" else "x--"
-                ax.plot(layers.tolist(), style, label=f"{name} {state}")
+                style = {"trained": "o-", OWN: "+:", "untrained": "x--"}[state]
+                color = f"C{list(models).index(name)}"
+                ax.plot(layers.tolist(), style, color=color, label=f"{name} {state}")
         ax.axhline(0, color="grey", linewidth=0.8)
         ax.set_xlabel("layer")
         ax.set_ylabel("mean gradient / mean size")
-        ax.legend(fontsize=8)
+        ax.legend(fontsize=7)
 
 
 def _short(m: Interval) -> str:

@@ -202,14 +202,20 @@ def _expectation(setting: Setting, report: Report) -> None:
 
 
 def _activation_functions(setting: Setting, report: Report) -> None:
-    """p0 = Swish(x theta)(x tau) against p1 = ReLU(x theta), non-negative x, theta, tau."""
+    """p0 = Swish(x theta)(x tau) against p1 = ReLU(x theta): x theta and x tau non-negative, as
+    assumed, at several scales of x tau, and then of either sign."""
     samples = setting.size(40_000, 2_000)
-    rows: list[tuple[float, float, str, str, float]] = []
-    for i, scale in enumerate((0.25, 0.5, 1.0, 2.0, 4.0)):
+    rows: list[tuple[float | str, float, str, str, float]] = []
+    signs: list[int] = []
+    both_signs = "1, either sign"
+    for i, scale in enumerate((0.25, 0.5, 1.0, 2.0, 4.0, both_signs)):
         g = setting.generator(30 + i)
-        gate = torch.randn(samples, NEURONS, generator=g, dtype=torch.float64).abs()
-        up = torch.randn(samples, NEURONS, generator=g, dtype=torch.float64).abs() * scale
+        gate = torch.randn(samples, NEURONS, generator=g, dtype=torch.float64)
+        up = torch.randn(samples, NEURONS, generator=g, dtype=torch.float64)
+        if isinstance(scale, float):
+            gate, up = gate.abs(), up.abs() * scale
         swiglu = F.silu(gate) * up
+        gate = F.relu(gate)
         below = (swiglu < gate).double().mean().item()
         grads = []
         for a in (gate, swiglu):
@@ -221,21 +227,36 @@ def _activation_functions(setting: Setting, report: Report) -> None:
             grads.append(mean_interval(at))
         ratio = grads[1].mean / grads[0].mean
         rows.append((scale, below, str(grads[0]), str(grads[1]), ratio))
+        signs = [m.sign for m in grads]
     report.table(
-        "ReLU against SwiGLU with non-negative features",
+        "ReLU against SwiGLU: non-negative features, then features of either sign",
         ["scale of x tau", "share with p0 < p1", "E grad ReLU", "E grad SwiGLU", "ratio"],
         rows,
     )
     report.numbers["relu_against_swiglu"] = [
         {"scale": r[0], "share_below": r[1], "ratio": r[4]} for r in rows
     ]
+    *rows, last = rows
+    report.claim(
+        "eq. 5 (no negative features)",
+        "without the assumption that features are not negative, activations still shrink",
+        f"features of either sign: E grad over all neurons is {last[2]} for ReLU and {last[3]} for "
+        "SwiGLU, whose activations are as often negative as positive, so that the mean cannot "
+        "shrink; each one's size still does, as the table of expected gradients shows",
+        "holds" if signs == [1, 1] else "holds only if" if signs[0] > 0 else "fails",
+        "the activation is ReLU (in the mean over neurons)"
+        if signs == [1, 0]
+        else ""
+        if signs == [1, 1] or signs[0] <= 0
+        else "the activation is ReLU",
+    )
     smaller = [r[0] for r in rows if r[4] < 1]
     report.claim(
         "eq. 5-6",
         "p0 = Swish(x theta)(x tau) < p1 = ReLU(x theta), so SwiGLU's expected gradient is smaller",
         f"p0 < p1 for {100 * rows[2][1]:.0f} % of neurons where x tau has scale 1 and for "
         f"{100 * rows[-1][1]:.0f} % at scale 4; expected gradient of SwiGLU over ReLU's: "
-        + ", ".join(f"{r[4]:.2f} at {r[0]:g}" for r in rows),
+        + ", ".join(f"{r[4]:.2f} at {r[0]}" for r in rows),
         "holds only if" if smaller and len(smaller) < len(rows) else "holds",
         "sigmoid(x theta) * (x tau) < 1, which nothing in the derivation bounds",
     )

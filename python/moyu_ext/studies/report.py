@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._files import write_atomically
 from ..errors import ConfigurationError
 from ..evaluation.record import clean, versions
 
@@ -78,6 +79,15 @@ class Report:
         """Add a claim, see `Claim`."""
         self.claims.append(Claim(source, claim, measured, verdict, condition))
 
+    def judged(
+        self, source: str, claim: str, measured: str, held: Sequence[str], among: Collection[str]
+    ) -> None:
+        """Add a claim that held for some (`held`) of the models `among`."""
+        some = 0 < len(held) < len(among)
+        verdict = "holds only if" if some else "holds" if held else "fails"
+        condition = f"the model is {' or '.join(held)}" if some else ""
+        self.claim(source, claim, measured, verdict, condition)
+
     def table(
         self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], note: str = ""
     ) -> None:
@@ -127,7 +137,8 @@ class Report:
             lines += ["| claim | measured | verdict |", "|---|---|---|"]
             for c in self.claims:
                 verdict = f"**{c.verdict}** {c.condition}".strip()
-                lines.append(f"| {c.claim} ({c.source}) | {c.measured} | {verdict} |")
+                cells = (f"{c.claim} ({c.source})", c.measured, verdict)
+                lines.append("| " + " | ".join(map(_cell, cells)) + " |")
             lines.append("")
         lines += [line for note in self.notes for line in (note, "")]
         for table in self.tables:
@@ -142,12 +153,14 @@ class Report:
         """Write the JSON and Markdown files."""
         stem = self.name.replace("-", "_")
         text = json.dumps(clean(self.as_dict(setting)), indent=1, sort_keys=False)
-        (self.directory / f"{stem}.json").write_text(text + "\n", encoding="utf-8")
-        (self.directory / f"{stem}.md").write_text(self.markdown(), encoding="utf-8")
+        write_atomically(self.directory / f"{stem}.md", self.markdown().encode())
+        # Last: the JSON says that the study is finished.
+        write_atomically(self.directory / f"{stem}.json", (text + "\n").encode())
 
 
 def _table(table: Table) -> list[str]:
-    lines = ["| " + " | ".join(table.columns) + " |", "|" + "---|" * len(table.columns)]
+    columns = map(_cell, table.columns)
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(table.columns)]
     lines += ["| " + " | ".join(_cell(cell) for cell in row) + " |" for row in table.rows]
     return lines
 
@@ -155,4 +168,4 @@ def _table(table: Table) -> list[str]:
 def _cell(cell: Any) -> str:
     if isinstance(cell, float):
         return "-" if math.isnan(cell) else f"{cell:.4g}"
-    return str(cell)
+    return str(cell).replace("|", "\\|")  # a bare bar would end the cell

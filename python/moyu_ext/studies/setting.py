@@ -16,8 +16,9 @@ from ..calibration.calibrate import calibrate
 from ..calibration.text import encode, windows
 from ..calibration.thresholds import Thresholds, fingerprint
 from ..errors import ConfigurationError
-from ..evaluation.corpus import DATA_VARIABLE, Corpus
+from ..evaluation.corpus import DATA_VARIABLE, SHIPPED, Corpus
 from ..patching.families import MlpSite, find_mlps
+from . import written
 
 TWINS = ("stories_silu", "stories_relu")
 CETT = 0.2  # the paper's target
@@ -57,8 +58,10 @@ class Subject:
 class Setting:
     """Where a study reads and how much it does.
 
-    models: names (see `find_model`); none: the study's defaults. data, texts: see `Corpus`.
+    models: names (see `find_model`); none: the study's defaults. data, texts: see `Corpus`; where
+    both are missing, the text is that of `written`.
     quick: sizes for a look or a test rather than for a verdict.
+    bench: a file of rows from `moyu bench decode --json`, for Table 3.
     """
 
     models: Sequence[str] = ()
@@ -66,6 +69,7 @@ class Setting:
     texts: Sequence[Path] = ()
     seed: int = 0
     quick: bool = False
+    bench: Path | None = None
     log: Callable[[str], None] = lambda text: None
     _loaded: dict[str, Subject] = field(default_factory=dict, repr=False)
     _thresholds: dict[str, Thresholds] = field(default_factory=dict, repr=False)
@@ -76,7 +80,30 @@ class Setting:
 
     def describe(self) -> dict[str, Any]:
         """What results have to say of the setting; no paths."""
-        return {"seed": self.seed, "quick": self.quick, "text": self.corpus.describe()}
+        text = self.corpus.describe() if self.given else f"{SHIPPED}, and text made from a seed"
+        return {"seed": self.seed, "quick": self.quick, "text": text}
+
+    @property
+    def given(self) -> bool:
+        """Whether a data folder or files were given."""
+        return bool(self.texts) or self.data is not None
+
+    def domains(self) -> list[str]:
+        """Names of the domains of text, the main one first."""
+        return self.corpus.domains() if self.given else list(written.DOMAINS)
+
+    def documents(self, domain: str | None = None, train: bool = False) -> list[str]:
+        """Texts of a domain (the main one by default): to measure on, or with `train` to calibrate
+        and train on. Raises ConfigurationError for a domain without text."""
+        if self.given:
+            return self.corpus.documents(domain, train)
+        name = domain or self.domains()[0]
+        if name not in written.DOMAINS:
+            raise ConfigurationError(
+                f"no text of domain {name!r}; at hand: {', '.join(self.domains())}. Pass --text "
+                "FILE, or --data DIR"
+            )
+        return written.documents(name, train, self.size(48, 8), self.seed)
 
     def need_data(self, what: str) -> Path:
         """The data folder. Raises ConfigurationError that names `what` where there is none."""
@@ -119,13 +146,17 @@ class Setting:
         count: int,
         domain: str | None = None,
         train: bool = False,
+        human: bool = False,
     ) -> Tensor:
         """Ids [count, length] of a domain: first windows of its texts, then second ones, ...
+
+        human: without the texts that models write (see `written`).
 
         Raises ConfigurationError where the domain has too little text.
         """
         whole: list[list[int]] = []
-        documents = self.corpus.documents(domain, train)
+        shipped = human and not self.given
+        documents = embedded.heldout() if shipped else self.documents(domain, train)
         ids: list[list[int]] = []
         for number, text in enumerate(documents, 1):
             ids.append(encode(subject.tokenizer, text))
@@ -137,7 +168,7 @@ class Setting:
             whole = [row for row in windows(ids, _ALL, length) if len(row) == length]
         if len(whole) < count:
             raise ConfigurationError(
-                f"domain {domain or self.corpus.domains()[0]!r} gives {len(whole)} rows of "
+                f"domain {domain or self.domains()[0]!r} gives {len(whole)} rows of "
                 f"{length} tokens, {count} are needed; pass more text (--text FILE), or --data DIR"
             )
         return torch.tensor(whole[:count])
@@ -150,7 +181,7 @@ class Setting:
             self._thresholds[subject.name] = calibrate(
                 subject.model,
                 subject.tokenizer,
-                self.corpus.documents(train=True),
+                self.documents(train=True),
                 cett=CETT,
                 sequential=False,
                 progress=False,
