@@ -13,7 +13,7 @@ from moyu_ext.errors import ConfigurationError
 from moyu_ext.evaluation import evaluate, picture
 from moyu_ext.evaluation.agreement import compare, continuation_logits, dense_text
 from moyu_ext.evaluation.corpus import Corpus
-from moyu_ext.evaluation.curves import CURVES, Point, Workshop, points
+from moyu_ext.evaluation.curves import CURVES, Point, Workshop, _experts, points
 from moyu_ext.evaluation.inputs import input_thresholds, masked_inputs
 from moyu_ext.evaluation.reads import weights_read
 from moyu_ext.methods import QRIDA, RIDA, SRIDA, STDA, TDA, Dense
@@ -193,6 +193,10 @@ def test_gate_quantiles_drop_what_relu_makes_zero(tiny, prompt) -> None:
         method = TDA(shop.gate_quantiles(0.7), score="gate")
         found = compare(shop.model, method, prompt(40, 4), 12)
         assert found.density == pytest.approx(wanted, abs=0.08)
+
+
+def test_experts_of_any_width() -> None:
+    assert [_experts(f) for f in (768, 11008, 172, 7)] == [16, 16, 43, 7]
 
 
 def test_every_method_has_a_curve(tiny, prompt) -> None:

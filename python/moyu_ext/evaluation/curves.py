@@ -164,6 +164,7 @@ class Workshop:
                 self.model,
                 self.tokenizer,
                 self.texts,
+                experts=_experts(find_mlps(self.model)[0].f),
                 split=how,
                 max_tokens=self.router_tokens,
                 seed=self.seed,
@@ -171,6 +172,12 @@ class Workshop:
 
         found: Experts = self.once(("experts", how), make)
         return found
+
+
+def _experts(f: int) -> int:
+    """The number of experts nearest to 16 that f neurons can be divided into."""
+    divisors = [n for n in range(1, f + 1) if f % n == 0]
+    return min(divisors, key=lambda n: max(n, 16) / min(n, 16))
 
 
 def check_names(names: Sequence[str]) -> None:
