@@ -207,8 +207,8 @@ def _activation_functions(setting: Setting, report: Report) -> None:
     samples = setting.size(40_000, 2_000)
     rows: list[tuple[float | str, float, str, str, float]] = []
     signs: list[int] = []
-    both_signs = "1, either sign"
-    for i, scale in enumerate((0.25, 0.5, 1.0, 2.0, 4.0, both_signs)):
+    scales: tuple[float | str, ...] = (0.25, 0.5, 1.0, 2.0, 4.0, "1, either sign")
+    for i, scale in enumerate(scales):
         g = setting.generator(30 + i)
         gate = torch.randn(samples, NEURONS, generator=g, dtype=torch.float64)
         up = torch.randn(samples, NEURONS, generator=g, dtype=torch.float64)
