@@ -33,16 +33,9 @@ Tensor empty(const Tensor& like, std::vector<int64_t> shape, ScalarType dtype) {
 
 // On the host the set can be looked at, so that a wrong one raises instead of reading outside.
 void check_set(const char* op, const Tensor& indices, const Tensor& count, int64_t f) {
-  const int64_t capacity = indices.numel();
   const int32_t n = *data_as<int32_t>(count);
-  if (n < 0 || n > capacity)
-    fail(op, "count must lie in [0, ", capacity, "], the capacity of indices, got ", n);
-  const int32_t* index = data_as<int32_t>(indices);
-  uint32_t largest = 0;  // a negative index is a large unsigned one
-  for (int32_t k = 0; k < n; ++k)
-    largest = std::max(largest, static_cast<uint32_t>(index[k]));
-  if (n > 0 && largest >= static_cast<uint64_t>(f))
-    fail(op, "indices must lie in [0, ", f, "), got ", static_cast<int32_t>(largest));
+  check_count(op, n, indices.numel());
+  check_indices(op, data_as<int32_t>(indices), n, f);
 }
 
 std::tuple<Tensor, Tensor> threshold_compact_cpu(const Tensor& values, const Tensor& epsilon) {
@@ -157,18 +150,8 @@ Tensor shadow_scores_cpu(const Tensor& x, const Tensor& shadow, const Tensor& no
                          bool gated, int64_t bits_gate, int64_t bits_up,
                          const std::string& activation) {
   constexpr const char* op = "shadow_scores";
-  Mlp mlp;
-  mlp.dtype = dtype_of(op, "x", x);
-  mlp.f = norms.numel();
-  mlp.d = x.dim() ? x.size(x.dim() - 1) : 0;
-  mlp.rows = rows_of(op, x, mlp.d);
-  const Shadow checked = shadow_of(op, x, shadow, norms, mlp.f, mlp.d, gated, bits_gate, bits_up);
-  expect(op, "gate_bias", gate_bias, x, x.scalar_type(), {mlp.f});
-  expect(op, "up_bias", up_bias, x, x.scalar_type(), {mlp.f});
-  mlp.x = data(x);
-  mlp.gate_bias = data(gate_bias);
-  mlp.up_bias = data(up_bias);
-  mlp.activation = activation_of(op, activation);
+  const auto [mlp, checked] = scores_of(op, x, shadow, norms, gate_bias, up_bias, gated, bits_gate,
+                                        bits_up, activation);
   Tensor scores = empty(x, {mlp.rows, mlp.f}, ScalarType::Float);
   cpu::shadow_scores(mlp, checked, static_cast<float*>(scores.mutable_data_ptr()),
                      scratch(cpu::shadow_workspace_floats(mlp.rows, mlp.d, mlp.f)));
