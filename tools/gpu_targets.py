@@ -21,9 +21,9 @@ def rows_of(folder: Path, name: str) -> list[Row]:
         return list(csv.DictReader(lines))
 
 
-def last(rows: list[Row], density: float | None = None, **wanted: str) -> Row | None:
+def last(table: list[Row], density: float | None = None, **wanted: str) -> Row | None:
     """The latest row with these cells, at about this density."""
-    for row in reversed(rows):
+    for row in reversed(table):
         if any(row[key] != value for key, value in wanted.items()):
             continue
         if density is None or abs(float(row["density"]) - density) < 0.002:
