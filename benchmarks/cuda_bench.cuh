@@ -65,6 +65,8 @@ class Graph {
  public:
   Graph(cudaStream_t stream, const std::function<void()>& work) {
     cudaGraph_t graph;
+    work();  // loads kernels, which a capture may refuse
+    BENCH_CHECK(cudaStreamSynchronize(stream));
     BENCH_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
     work();
     BENCH_CHECK(cudaStreamEndCapture(stream, &graph));

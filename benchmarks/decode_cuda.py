@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,15 +23,17 @@ from typing import Any
 
 import torch
 from moyu_ext.benchmarking import check_csv, geometry, method_at, write_csv
+from moyu_ext.benchmarking.cases import mlp_neurons
+from moyu_ext.benchmarking.probes import shadow_of
 from moyu_ext.benchmarking.random_model import random_model, weight_bytes
 from moyu_ext.benchmarking.rows import BenchmarkError, Row, make_row, quantile
+from moyu_ext.patching.families import find_mlps
 from moyu_ext.patching.sparse_mlp import SparseMLP
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import moyu_ext
 
-CHECKED_TOKENS = 16
 ALLOWED = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # of the largest logit
 
 
@@ -41,7 +42,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--geometry", default="llama-2-7b")
     parser.add_argument("--layers", type=int, help="fewer layers than the model has, for a try")
     parser.add_argument("--dtype", default="float16", choices=["float16", "bfloat16", "float32"])
-    parser.add_argument("--method", default="stda", help="stda, srida, tda, tda-gate or dense")
+    parser.add_argument(
+        "--method", default="stda", help="stda, srida, qrida, tda, tda-gate or dense"
+    )
     parser.add_argument("--density", type=float, default=0.3288)
     parser.add_argument("--mode", default="static", choices=["static", "dynamic"])
     parser.add_argument("--prompt", type=int, default=1024, help="tokens of the prompt")
@@ -49,7 +52,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--csv", type=Path, help="append the rows to this file")
-    parser.add_argument("--commit", help="for the rows, where the package is not in its clone")
     parser.add_argument("--profile", action="store_true", help="run for nsys; nothing is measured")
     return parser.parse_args()
 
@@ -70,11 +72,12 @@ def seconds(device: torch.device, work: Callable[[], Any]) -> float:
     return time.perf_counter() - begin
 
 
-def logits_error(model: PreTrainedModel, ids: Tensor, mode: str) -> float:
-    """Largest difference between generation's logits and the rule's in plain PyTorch, relative."""
-    out = generate(
-        model, ids, CHECKED_TOKENS, mode, return_dict_in_generate=True, output_logits=True
-    )
+def logits_error(model: PreTrainedModel, ids: Tensor, new: int, mode: str) -> float:
+    """Largest difference between generation's logits and the rule's in plain PyTorch, relative.
+
+    Generates as many tokens as are timed: a static cache of another length is compiled anew.
+    """
+    out = generate(model, ids, new, mode, return_dict_in_generate=True, output_logits=True)
     got = torch.stack(out.logits, 1).double()
     with torch.inference_mode(), moyu_ext.scoring(model, ids.shape[1]):
         logits = model(input_ids=out.sequences, use_cache=False).logits
@@ -91,12 +94,18 @@ def copy_gbps(device: torch.device) -> float:
     return 2 * size / quantile(times[2:], 0.5) / 1e9
 
 
+def shadow_bytes(model: PreTrainedModel) -> int:
+    """What QRIDA reads beside the weights."""
+    rules = [shadow_of(site) for site in find_mlps(model)]
+    return sum(rule.router.shadow.data.numel() for rule in rules if rule is not None)
+
+
 def measure(args: argparse.Namespace, dense: PreTrainedModel, model: PreTrainedModel) -> list[Row]:
     size, device = geometry(args.geometry), dense.device
     dtype = getattr(torch, args.dtype)
     g = torch.Generator().manual_seed(5)
     ids = torch.randint(3, size.vocabulary, (1, args.prompt), generator=g).to(device)
-    error = logits_error(model, ids, args.mode)
+    error = logits_error(model, ids, args.new, args.mode)
     if not error <= ALLOWED[dtype]:
         raise BenchmarkError(f"relative error of the logits {error:.2e}: no row is written")
     sides = {"dense": dense, args.method: model}
@@ -114,13 +123,14 @@ def measure(args: argparse.Namespace, dense: PreTrainedModel, model: PreTrainedM
     everything = weight_bytes(dense)
     if not size.tied:  # of the embedding a token reads one row
         everything -= dense.get_input_embeddings().weight.nbytes
-    mlps = layers * size.matrices * size.d * size.f * dtype.itemsize
     plan = getattr(model, "_moyu_patch").method.plan  # noqa: B009
-    fraction = {"given": density, "gate": (1 + 2 * density) / 3, "product": (2 + density) / 3}
+    neurons = layers * mlp_neurons("dense", size.f, size.f, size.gated)
+    neurons -= layers * mlp_neurons(plan, density * size.f, size.f, size.gated)
+    needed = everything - neurons * size.d * dtype.itemsize + shadow_bytes(model)
     rows = []
     for name, read, d, e in (
         ("dense", everything, 1.0, 0.0),
-        (args.method, everything - mlps * (1 - fraction.get(plan, 1.0)), density, error),
+        (args.method, needed, density, error),
     ):
         rows.append(
             make_row(
@@ -194,17 +204,15 @@ def main() -> None:
         raise SystemExit("decode_cuda: no CUDA device, or a CPU-only torch; nothing is measured")
     torch.manual_seed(0)
     dtype = getattr(torch, args.dtype)
-    positions = args.prompt + max(args.new, CHECKED_TOKENS) + 8
-    dense = random_model(geometry(args.geometry), dtype, layers=args.layers, positions=positions)
-    make = method_at(args.method, args.density)
-    method = make(dense)  # before the move: it runs the model on host tensors
-    dense = dense.to(args.device)
+    dense = random_model(
+        geometry(args.geometry), dtype, layers=args.layers, positions=args.prompt + args.new + 8,
+        device=args.device,
+    )  # fmt: skip
+    method = method_at(args.method, args.density)(dense)
     if args.profile:
         profile(args, moyu_ext.patch(dense, method))
         return
     rows = measure(args, dense, moyu_ext.patch(copy.deepcopy(dense), method))
-    if args.commit:
-        rows = [dataclasses.replace(row, commit=args.commit) for row in rows]
     for row in rows:
         print(row)
     if args.csv:

@@ -75,11 +75,10 @@ void gather_gemv(const void* x /* T [rows, d] */, const void* weight /* T [f, d]
                  int64_t d, int64_t capacity, DType dtype, float* workspace);
 
 // out[r] = sum over k < count of values[r, k] * weight_t[indices[k]] + bias.
-void gather_gemv_t(const float* values /* [rows, capacity] */,
-                   const void* weight_t /* T [f, d] */, const void* bias /* T [d] or null */,
-                   const int32_t* indices /* [capacity] */, const int32_t* count /* [1] */,
-                   void* out /* T [rows, d] */, int64_t rows, int64_t d, int64_t capacity,
-                   DType dtype, float* workspace);
+void gather_gemv_t(const float* values /* [rows, capacity] */, const void* weight_t /* T [f, d] */,
+                   const void* bias /* T [d] or null */, const int32_t* indices /* [capacity] */,
+                   const int32_t* count /* [1] */, void* out /* T [rows, d] */, int64_t rows,
+                   int64_t d, int64_t capacity, DType dtype, float* workspace);
 
 // The MLP over a set known in advance: a_i = act(gate_i . x) * (up_i . x), out = sum a_i down_i.
 void sparse_mlp(const Mlp& mlp, const ActiveSet& set, float* workspace);
@@ -89,8 +88,7 @@ void sparse_mlp(const Mlp& mlp, const ActiveSet& set, float* workspace);
 //   Plan::kProduct  abs(act(gate_i . x) * (up_i . x))  * scale[i] >= epsilon[0]
 // (up_i in the place of gate_i where the MLP is ungated). counts[r] = active neurons of row r.
 void threshold_mlp(const Mlp& mlp, Plan plan, const float* scale /* [f] or null: 1 */,
-                   const float* epsilon /* [1] */, int32_t* counts /* [rows] */,
-                   float* workspace);
+                   const float* epsilon /* [1] */, int32_t* counts /* [rows] */, float* workspace);
 
 // scores[r, i] = abs(act(g) * u) * norms[i] with g and u estimated from the shadow, or
 // abs(act(u)) * norms[i] without a gate. Of mlp it reads x, gate_bias, up_bias and the sizes.

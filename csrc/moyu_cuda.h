@@ -2,8 +2,8 @@
 // Every pointer is device memory of the current device. Work is queued on `stream` (a
 // cudaStream_t) and nothing waits for it; nothing is allocated, and the grid follows from the
 // sizes alone, so that a CUDA graph replays with another count, other indices or another epsilon.
-// The host cannot see what the device holds: a count outside [0, capacity] is clamped, and an
-// index outside [0, f) is a neuron that gives 0.
+// The host cannot see what the device holds without waiting: a count outside [0, capacity] is
+// clamped, and an index outside [0, f) is a neuron that gives 0.
 // Errors: std::runtime_error with the operator's name and what CUDA said.
 #pragma once
 
@@ -32,8 +32,20 @@ void threshold_mlp(const Mlp& mlp, Plan plan, const float* scale /* [f] or null:
                    const float* epsilon /* [1] */, int32_t* counts /* [rows] */, float* workspace,
                    void* stream);
 
+// shadow.records must start on 16 bytes. Both need shadow_workspace_floats of scratch.
+void shadow_scores(const Mlp& mlp, const Shadow& shadow, float* scores /* [rows, f] */,
+                   float* workspace, void* stream);
+
+void shadow_mlp(const Mlp& mlp, const Shadow& shadow, const float* epsilon /* [1] or null */,
+                int64_t k, int32_t* counts /* [rows] */, float* workspace, void* stream);
+
+// Copies n words to the host and waits for that; false, with nothing done, while the stream is being
+// captured in a graph. Only for checks that are asked for: no operator needs it.
+bool read_back(const int32_t* from, int64_t n, int32_t* to, void* stream);
+
 // Floats of scratch that the calls above need for these sizes on the current device. Two calls
 // may share one workspace only if they are on one stream.
 size_t workspace_floats(int64_t rows, int64_t d, int64_t f);
+size_t shadow_workspace_floats(int64_t rows, int64_t d, int64_t f);
 
 }  // namespace moyu::cuda

@@ -5,10 +5,12 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "../csrc/moyu.h"
 
@@ -31,7 +33,9 @@ inline std::string describe(const Tensor& t) {
   out << "[";
   for (int64_t i = 0; i < t.dim(); ++i) out << (i ? ", " : "") << t.size(i);
   out << "] " << torch::headeronly::toString(t.scalar_type()) << " on "
-      << (t.is_cpu() ? "cpu" : t.is_cuda() ? "cuda" : "another device");
+      << (t.is_cpu()    ? "cpu"
+          : t.is_cuda() ? "cuda"
+                        : "another device");
   if (t.is_cuda()) out << ":" << t.get_device_index();
   if (!t.is_contiguous()) out << ", not contiguous";
   return out.str();
@@ -61,8 +65,7 @@ inline void expect(const char* op, const char* name, const Tensor& t, const Tens
       want << extent;
     }
   }
-  want << "] " << torch::headeronly::toString(dtype) << " on "
-       << (like.is_cpu() ? "cpu" : "cuda");
+  want << "] " << torch::headeronly::toString(dtype) << " on " << (like.is_cpu() ? "cpu" : "cuda");
   if (like.is_cuda()) want << ":" << like.get_device_index();
   fail(op, name, " must be a contiguous ", want.str(), ", got ", describe(t));
 }
@@ -114,6 +117,18 @@ inline int64_t rows_of(const char* op, const Tensor& x, int64_t d) {
   return d ? x.numel() / d : 0;
 }
 
+// Checks a set that the host can look at: n of `capacity` indices into f neurons.
+inline void check_count(const char* op, int32_t n, int64_t capacity) {
+  if (n < 0 || n > capacity)
+    fail(op, "count must lie in [0, ", capacity, "], the capacity of indices, got ", n);
+}
+inline void check_indices(const char* op, const int32_t* indices, int32_t n, int64_t f) {
+  uint32_t largest = 0;  // a negative index is a large unsigned one
+  for (int32_t k = 0; k < n; ++k) largest = std::max(largest, static_cast<uint32_t>(indices[k]));
+  if (n > 0 && largest >= static_cast<uint64_t>(f))
+    fail(op, "indices must lie in [0, ", f, "), got ", static_cast<int32_t>(largest));
+}
+
 // Checks everything that the MLP operators share; the output is still to be set.
 inline Mlp mlp_of(const char* op, const Tensor& x, const OptionalTensor& gate, const Tensor& up,
                   const Tensor& down_t, const OptionalTensor& gate_bias,
@@ -148,13 +163,13 @@ inline Mlp mlp_of(const char* op, const Tensor& x, const OptionalTensor& gate, c
 }
 
 // Checks the shadow of an MLP of f neurons with hidden size d.
-inline Shadow shadow_of(const char* op, const Tensor& x, const Tensor& shadow,
-                        const Tensor& norms, int64_t f, int64_t d, bool gated, int64_t bits_gate,
-                        int64_t bits_up) {
+inline Shadow shadow_of(const char* op, const Tensor& x, const Tensor& shadow, const Tensor& norms,
+                        int64_t f, int64_t d, bool gated, int64_t bits_gate, int64_t bits_up) {
   if (bits_up < 1 || bits_up > 4) fail(op, "bits_up must be 1, 2, 3 or 4, got ", bits_up);
   if (gated ? bits_gate < 1 || bits_gate > 4 : bits_gate != 0)
-    fail(op, gated ? "bits_gate must be 1, 2, 3 or 4, got "
-                   : "bits_gate must be 0 for an ungated MLP, got ",
+    fail(op,
+         gated ? "bits_gate must be 1, 2, 3 or 4, got "
+               : "bits_gate must be 0 for an ungated MLP, got ",
          bits_gate);
   Shadow out;
   out.bits_gate = static_cast<int32_t>(bits_gate);
@@ -165,6 +180,27 @@ inline Shadow shadow_of(const char* op, const Tensor& x, const Tensor& shadow,
   out.records = data_as<uint8_t>(shadow);
   out.norms = data_as<float>(norms);
   return out;
+}
+
+// Checks the arguments of shadow_scores: x, the biases and the sizes of the MLP, and the shadow.
+inline std::pair<Mlp, Shadow> scores_of(const char* op, const Tensor& x, const Tensor& shadow,
+                                        const Tensor& norms, const OptionalTensor& gate_bias,
+                                        const OptionalTensor& up_bias, bool gated,
+                                        int64_t bits_gate, int64_t bits_up,
+                                        const std::string& activation) {
+  Mlp mlp;
+  mlp.dtype = dtype_of(op, "x", x);
+  mlp.f = norms.numel();
+  mlp.d = x.dim() ? x.size(x.dim() - 1) : 0;
+  mlp.rows = rows_of(op, x, mlp.d);
+  const Shadow checked = shadow_of(op, x, shadow, norms, mlp.f, mlp.d, gated, bits_gate, bits_up);
+  expect(op, "gate_bias", gate_bias, x, x.scalar_type(), {mlp.f});
+  expect(op, "up_bias", up_bias, x, x.scalar_type(), {mlp.f});
+  mlp.x = data(x);
+  mlp.gate_bias = data(gate_bias);
+  mlp.up_bias = data(up_bias);
+  mlp.activation = activation_of(op, activation);
+  return {mlp, checked};
 }
 
 }  // namespace moyu::op

@@ -33,16 +33,9 @@ Tensor empty(const Tensor& like, std::vector<int64_t> shape, ScalarType dtype) {
 
 // On the host the set can be looked at, so that a wrong one raises instead of reading outside.
 void check_set(const char* op, const Tensor& indices, const Tensor& count, int64_t f) {
-  const int64_t capacity = indices.numel();
   const int32_t n = *data_as<int32_t>(count);
-  if (n < 0 || n > capacity)
-    fail(op, "count must lie in [0, ", capacity, "], the capacity of indices, got ", n);
-  const int32_t* index = data_as<int32_t>(indices);
-  uint32_t largest = 0;  // a negative index is a large unsigned one
-  for (int32_t k = 0; k < n; ++k)
-    largest = std::max(largest, static_cast<uint32_t>(index[k]));
-  if (n > 0 && largest >= static_cast<uint64_t>(f))
-    fail(op, "indices must lie in [0, ", f, "), got ", static_cast<int32_t>(largest));
+  check_count(op, n, indices.numel());
+  check_indices(op, data_as<int32_t>(indices), n, f);
 }
 
 std::tuple<Tensor, Tensor> threshold_compact_cpu(const Tensor& values, const Tensor& epsilon) {
@@ -58,8 +51,8 @@ std::tuple<Tensor, Tensor> threshold_compact_cpu(const Tensor& values, const Ten
   }
   if (epsilon.numel() != 1 || epsilon.scalar_type() != ScalarType::Float || !epsilon.is_cpu())
     fail(op, "epsilon must be one float32 on cpu, got ", describe(epsilon));
-  Tensor indices = empty(values, one ? std::vector<int64_t>{f} : std::vector<int64_t>{rows, f},
-                  ScalarType::Int);
+  Tensor indices =
+      empty(values, one ? std::vector<int64_t>{f} : std::vector<int64_t>{rows, f}, ScalarType::Int);
   Tensor count = empty(values, {rows}, ScalarType::Int);
   cpu::threshold_compact(data_as<float>(values), rows, f, data_as<float>(epsilon),
                          static_cast<int32_t*>(indices.mutable_data_ptr()),
@@ -105,9 +98,9 @@ Tensor gather_gemv_t_cpu(const Tensor& values, const Tensor& weight_t, const Ten
   shape.back() = d;
   for (size_t i = 0; i + 1 < shape.size(); ++i) rows *= shape[i];
   Tensor out = empty(values, shape, weight_t.scalar_type());
-  cpu::gather_gemv_t(data_as<float>(values), data(weight_t), data(bias),
-                     data_as<int32_t>(indices), data_as<int32_t>(count), out.mutable_data_ptr(),
-                     rows, d, capacity, dtype, workspace(rows, d));
+  cpu::gather_gemv_t(data_as<float>(values), data(weight_t), data(bias), data_as<int32_t>(indices),
+                     data_as<int32_t>(count), out.mutable_data_ptr(), rows, d, capacity, dtype,
+                     workspace(rows, d));
   return out;
 }
 
@@ -135,9 +128,9 @@ Tensor sparse_mlp_cpu(const Tensor& x, const OptionalTensor& gate, const Tensor&
 
 std::tuple<Tensor, Tensor> threshold_mlp_cpu(
     const Tensor& x, const OptionalTensor& gate, const Tensor& up, const Tensor& down_t,
-    const OptionalTensor& gate_bias, const OptionalTensor& up_bias,
-    const OptionalTensor& down_bias, const OptionalTensor& scale, const Tensor& epsilon,
-    const std::string& activation, const std::string& plan) {
+    const OptionalTensor& gate_bias, const OptionalTensor& up_bias, const OptionalTensor& down_bias,
+    const OptionalTensor& scale, const Tensor& epsilon, const std::string& activation,
+    const std::string& plan) {
   constexpr const char* op = "threshold_mlp";
   Mlp mlp = mlp_of(op, x, gate, up, down_t, gate_bias, up_bias, down_bias, activation);
   expect(op, "scale", scale, x, ScalarType::Float, {mlp.f});
@@ -147,28 +140,16 @@ std::tuple<Tensor, Tensor> threshold_mlp_cpu(
   Tensor counts = empty(x, {mlp.rows}, ScalarType::Int);
   mlp.out = out.mutable_data_ptr();
   cpu::threshold_mlp(mlp, plan_of(op, plan), data_as<float>(scale), data_as<float>(epsilon),
-                     static_cast<int32_t*>(counts.mutable_data_ptr()),
-                     workspace(mlp.rows, mlp.d));
+                     static_cast<int32_t*>(counts.mutable_data_ptr()), workspace(mlp.rows, mlp.d));
   return {out, counts};
 }
 
 Tensor shadow_scores_cpu(const Tensor& x, const Tensor& shadow, const Tensor& norms,
-                         const OptionalTensor& gate_bias, const OptionalTensor& up_bias,
-                         bool gated, int64_t bits_gate, int64_t bits_up,
-                         const std::string& activation) {
+                         const OptionalTensor& gate_bias, const OptionalTensor& up_bias, bool gated,
+                         int64_t bits_gate, int64_t bits_up, const std::string& activation) {
   constexpr const char* op = "shadow_scores";
-  Mlp mlp;
-  mlp.dtype = dtype_of(op, "x", x);
-  mlp.f = norms.numel();
-  mlp.d = x.dim() ? x.size(x.dim() - 1) : 0;
-  mlp.rows = rows_of(op, x, mlp.d);
-  const Shadow checked = shadow_of(op, x, shadow, norms, mlp.f, mlp.d, gated, bits_gate, bits_up);
-  expect(op, "gate_bias", gate_bias, x, x.scalar_type(), {mlp.f});
-  expect(op, "up_bias", up_bias, x, x.scalar_type(), {mlp.f});
-  mlp.x = data(x);
-  mlp.gate_bias = data(gate_bias);
-  mlp.up_bias = data(up_bias);
-  mlp.activation = activation_of(op, activation);
+  const auto [mlp, checked] =
+      scores_of(op, x, shadow, norms, gate_bias, up_bias, gated, bits_gate, bits_up, activation);
   Tensor scores = empty(x, {mlp.rows, mlp.f}, ScalarType::Float);
   cpu::shadow_scores(mlp, checked, static_cast<float*>(scores.mutable_data_ptr()),
                      scratch(cpu::shadow_workspace_floats(mlp.rows, mlp.d, mlp.f)));
@@ -177,16 +158,15 @@ Tensor shadow_scores_cpu(const Tensor& x, const Tensor& shadow, const Tensor& no
 
 std::tuple<Tensor, Tensor> shadow_mlp_cpu(
     const Tensor& x, const OptionalTensor& gate, const Tensor& up, const Tensor& down_t,
-    const OptionalTensor& gate_bias, const OptionalTensor& up_bias,
-    const OptionalTensor& down_bias, const Tensor& shadow, const Tensor& norms,
-    const OptionalTensor& epsilon, int64_t k, int64_t bits_gate, int64_t bits_up,
-    const std::string& activation) {
+    const OptionalTensor& gate_bias, const OptionalTensor& up_bias, const OptionalTensor& down_bias,
+    const Tensor& shadow, const Tensor& norms, const OptionalTensor& epsilon, int64_t k,
+    int64_t bits_gate, int64_t bits_up, const std::string& activation) {
   constexpr const char* op = "shadow_mlp";
   Mlp mlp = mlp_of(op, x, gate, up, down_t, gate_bias, up_bias, down_bias, activation);
   const Shadow checked =
       shadow_of(op, x, shadow, norms, mlp.f, mlp.d, gate.has_value(), bits_gate, bits_up);
-  if (epsilon && (epsilon->numel() != 1 || epsilon->scalar_type() != ScalarType::Float ||
-                  !epsilon->is_cpu()))
+  if (epsilon &&
+      (epsilon->numel() != 1 || epsilon->scalar_type() != ScalarType::Float || !epsilon->is_cpu()))
     fail(op, "epsilon must be one float32 on cpu, got ", describe(*epsilon));
   if (!epsilon && (k < 0 || k > mlp.f))
     fail(op, "k must lie in [0, ", mlp.f, "] where no epsilon is given, got ", k);

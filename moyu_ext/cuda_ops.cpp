@@ -1,11 +1,13 @@
 // The operators on CUDA tensors: checks, outputs and scratch from torch's allocator, torch's
 // current stream, then the launcher of the same name. Nothing here waits for the GPU, so indices
-// and count cannot be looked at: the kernels clamp them (moyu_cuda.h).
+// and count are not looked at: the kernels clamp them (moyu_cuda.h). MOYU_CHECK=1 in the environment
+// makes every call wait and look, so that a wrong set raises as it does on the CPU.
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <cstdlib>
 #include <limits>
 #include <tuple>
 #include <vector>
@@ -77,6 +79,27 @@ void check_sizes(const char* op, int64_t f, int64_t d) {
     fail(op, "weights must be [f, d] with f in [1, ", most, "] and d >= 1, got [", f, ", ", d, "]");
 }
 
+// The same for the positions of a list.
+void check_length(const char* op, const char* name, int64_t length) {
+  constexpr int64_t most = std::numeric_limits<int32_t>::max();
+  if (length > most) fail(op, name, " may hold at most ", most, " per row, got ", length);
+}
+
+// Only with MOYU_CHECK=1, and not in a graph's capture.
+void check_set(const char* op, const Tensor& indices, const Tensor& count, int64_t f,
+               void* stream) {
+  static const bool wanted = [] {
+    const char* value = std::getenv("MOYU_CHECK");
+    return value != nullptr && value[0] == '1';
+  }();
+  int32_t n = 0;
+  if (!wanted || !cuda::read_back(data_as<int32_t>(count), 1, &n, stream)) return;
+  check_count(op, n, indices.numel());
+  std::vector<int32_t> list(n);
+  cuda::read_back(data_as<int32_t>(indices), n, list.data(), stream);
+  check_indices(op, list.data(), n, f);
+}
+
 void check_epsilon(const char* op, const Tensor& epsilon, const Tensor& like) {
   if (epsilon.numel() != 1 || epsilon.scalar_type() != ScalarType::Float || !epsilon.is_cuda() ||
       epsilon.get_device_index() != like.get_device_index())
@@ -93,6 +116,7 @@ std::tuple<Tensor, Tensor> threshold_compact_cuda(const Tensor& values, const Te
   const bool one = values.dim() == 1;
   const int64_t f = values.size(values.dim() - 1), rows = one ? 1 : values.size(0);
   check_epsilon(op, epsilon, values);
+  check_length(op, "values", f);
   Tensor indices =
       empty(values, one ? std::vector<int64_t>{f} : std::vector<int64_t>{rows, f}, ScalarType::Int);
   Tensor count = empty(values, {rows}, ScalarType::Int);
@@ -110,8 +134,10 @@ Tensor gather_gemv_cuda(const Tensor& x, const Tensor& weight, const Tensor& ind
   const int64_t f = weight.size(0), d = weight.size(1), rows = rows_of(op, x, d);
   check_sizes(op, f, d);
   expect(op, "indices", indices, x, ScalarType::Int, {-1});
+  check_length(op, "indices", indices.numel());
   expect(op, "count", count, x, ScalarType::Int, {1});
   expect(op, "bias", bias, x, x.scalar_type(), {f});
+  check_set(op, indices, count, f, gpu.stream());
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = indices.numel();
   Tensor out = empty(x, shape, ScalarType::Float);
@@ -130,8 +156,10 @@ Tensor gather_gemv_t_cuda(const Tensor& values, const Tensor& weight_t, const Te
   const int64_t f = weight_t.size(0), d = weight_t.size(1);
   check_sizes(op, f, d);
   expect(op, "indices", indices, values, ScalarType::Int, {-1});
+  check_length(op, "indices", indices.numel());
   expect(op, "count", count, values, ScalarType::Int, {1});
   expect(op, "bias", bias, values, weight_t.scalar_type(), {d});
+  check_set(op, indices, count, f, gpu.stream());
   const int64_t capacity = indices.numel();
   if (values.scalar_type() != ScalarType::Float || !values.is_contiguous() || values.dim() < 1 ||
       values.size(values.dim() - 1) != capacity)
@@ -160,8 +188,10 @@ Tensor sparse_mlp_cuda(const Tensor& x, const OptionalTensor& gate, const Tensor
   if (indices.has_value() != count.has_value())
     fail(op, "indices and count are given together or not at all");
   expect(op, "indices", indices, x, ScalarType::Int, {-1});
+  if (indices) check_length(op, "indices", indices->numel());
   expect(op, "count", count, x, ScalarType::Int, {1});
   expect(op, "mask", mask, x, ScalarType::Byte, {mlp.rows, mlp.f});
+  if (indices) check_set(op, *indices, *count, mlp.f, gpu.stream());
   Tensor out = torch::stable::empty_like(x);
   Tensor scratch = workspace(x, mlp.rows, mlp.d, mlp.f);
   mlp.out = out.mutable_data_ptr();
@@ -191,6 +221,58 @@ std::tuple<Tensor, Tensor> threshold_mlp_cuda(
   return {out, counts};
 }
 
+// Checks what the shadow operators share beyond the CPU's checks.
+void check_shadow(const char* op, const Tensor& shadow, int64_t f, int64_t d) {
+  check_sizes(op, f, d);
+  if (reinterpret_cast<uintptr_t>(shadow.const_data_ptr()) % 16 != 0)
+    fail(op, "shadow must start on a multiple of 16 bytes; pass a copy (shadow.clone())");
+}
+
+Tensor shadow_workspace(const Tensor& like, const Mlp& mlp) {
+  const size_t floats = cuda::shadow_workspace_floats(mlp.rows, mlp.d, mlp.f);
+  return empty(like, {static_cast<int64_t>(floats)}, ScalarType::Float);
+}
+
+Tensor shadow_scores_cuda(const Tensor& x, const Tensor& shadow, const Tensor& norms,
+                          const OptionalTensor& gate_bias, const OptionalTensor& up_bias,
+                          bool gated, int64_t bits_gate, int64_t bits_up,
+                          const std::string& activation) {
+  constexpr const char* op = "shadow_scores";
+  const Gpu gpu(op, "x", x);
+  const auto [mlp, checked] =
+      scores_of(op, x, shadow, norms, gate_bias, up_bias, gated, bits_gate, bits_up, activation);
+  check_shadow(op, shadow, mlp.f, mlp.d);
+  Tensor scores = empty(x, {mlp.rows, mlp.f}, ScalarType::Float);
+  Tensor scratch = shadow_workspace(x, mlp);
+  cuda::shadow_scores(mlp, checked, output<float>(scores), output<float>(scratch), gpu.stream());
+  return scores;
+}
+
+std::tuple<Tensor, Tensor> shadow_mlp_cuda(
+    const Tensor& x, const OptionalTensor& gate, const Tensor& up, const Tensor& down_t,
+    const OptionalTensor& gate_bias, const OptionalTensor& up_bias, const OptionalTensor& down_bias,
+    const Tensor& shadow, const Tensor& norms, const OptionalTensor& epsilon, int64_t k,
+    int64_t bits_gate, int64_t bits_up, const std::string& activation) {
+  constexpr const char* op = "shadow_mlp";
+  const Gpu gpu(op, "x", x);
+  Mlp mlp = mlp_of(op, x, gate, up, down_t, gate_bias, up_bias, down_bias, activation);
+  const Shadow checked =
+      shadow_of(op, x, shadow, norms, mlp.f, mlp.d, gate.has_value(), bits_gate, bits_up);
+  check_shadow(op, shadow, mlp.f, mlp.d);
+  if (epsilon) {
+    check_epsilon(op, *epsilon, x);
+  } else if (k < 0 || k > mlp.f) {
+    fail(op, "k must lie in [0, ", mlp.f, "] where no epsilon is given, got ", k);
+  }
+  Tensor out = torch::stable::empty_like(x);
+  Tensor counts = empty(x, {mlp.rows}, ScalarType::Int);
+  Tensor scratch = shadow_workspace(x, mlp);
+  mlp.out = out.mutable_data_ptr();
+  cuda::shadow_mlp(mlp, checked, data_as<float>(epsilon), k, output<int32_t>(counts),
+                   output<float>(scratch), gpu.stream());
+  return {out, counts};
+}
+
 }  // namespace
 }  // namespace moyu::op
 
@@ -201,4 +283,6 @@ STABLE_TORCH_LIBRARY_IMPL(moyu_ext, CUDA, m) {
   m.impl("gather_gemv_t", TORCH_BOX(&gather_gemv_t_cuda));
   m.impl("sparse_mlp", TORCH_BOX(&sparse_mlp_cuda));
   m.impl("threshold_mlp", TORCH_BOX(&threshold_mlp_cuda));
+  m.impl("shadow_scores", TORCH_BOX(&shadow_scores_cuda));
+  m.impl("shadow_mlp", TORCH_BOX(&shadow_mlp_cuda));
 }

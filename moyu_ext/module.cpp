@@ -82,18 +82,20 @@ Array<float> sparse_mlp(const Array<float>& x, const Array<float>& gate, const A
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled part of moyu_ext; importing it registers torch.ops.moyu_ext.";
   m.def("build_info", &build_info, "How this extension was built.");
-  m.def("isa_name", [] { return std::string(moyu::cpu::isa_name()); },
-        "The instruction set in use.");
+  m.def(
+      "isa_name", [] { return std::string(moyu::cpu::isa_name()); }, "The instruction set in use.");
   m.def("isa_list", &isa_list, "Instruction sets that this build has and this CPU runs.");
-  m.def("set_isa", [](const std::string& name) { moyu::cpu::set_isa(name.c_str()); },
-        py::arg("name"), "Switch the instruction set; ValueError where this CPU can't.");
-  m.def("use_huge_pages", [](uintptr_t address, size_t bytes) {
-    return moyu::cpu::use_huge_pages(reinterpret_cast<const void*>(address), bytes);
-  }, py::arg("address"), py::arg("bytes"),
-        "Move this memory to huge pages; whether that was done. Its contents stay.");
-  m.def("threshold_compact", &threshold_compact, py::arg("values").noconvert(),
-        py::arg("epsilon"));
+  m.def(
+      "set_isa", [](const std::string& name) { moyu::cpu::set_isa(name.c_str()); }, py::arg("name"),
+      "Switch the instruction set; ValueError where this CPU can't.");
+  m.def(
+      "use_huge_pages",
+      [](uintptr_t address, size_t bytes) {
+        return moyu::cpu::use_huge_pages(reinterpret_cast<const void*>(address), bytes);
+      },
+      py::arg("address"), py::arg("bytes"),
+      "Move this memory to huge pages; whether that was done. Its contents stay.");
+  m.def("threshold_compact", &threshold_compact, py::arg("values").noconvert(), py::arg("epsilon"));
   m.def("sparse_mlp", &sparse_mlp, py::arg("x").noconvert(), py::arg("gate").noconvert(),
-        py::arg("up").noconvert(), py::arg("down_t").noconvert(),
-        py::arg("indices").noconvert());
+        py::arg("up").noconvert(), py::arg("down_t").noconvert(), py::arg("indices").noconvert());
 }

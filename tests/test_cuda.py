@@ -5,6 +5,10 @@ Without a GPU the same kernels run in tests/cpp/test_cuda_kernels.cpp, on an emu
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -180,6 +184,33 @@ def test_count_and_indices_out_of_range_read_nothing() -> None:
         **on_gpu(m), indices=indices.cuda(), count=none, mask=None, activation="silu"
     )
     assert torch.equal(got.cpu(), torch.zeros(2, 64))
+
+
+@pytest.mark.parametrize(
+    ("list_", "count", "message"),
+    [
+        ([0, 1], 3, r"count must lie in \[0, 2\]"),
+        ([0, 1], -1, r"count must lie in \[0, 2\]"),
+        ([0, 7], 2, r"indices must lie in \[0, 7\)"),
+    ],
+)
+def test_a_wrong_set_raises_where_checks_are_asked_for(
+    list_: list[int], count: int, message: str
+) -> None:
+    code = f"""
+import torch
+from moyu_ext import ops
+w = torch.ones(7, 8, device="cuda")
+indices, count = (torch.tensor(v, dtype=torch.int32, device="cuda") for v in ({list_}, [{count}]))
+ops.sparse_mlp(w[:1].clone(), w, w, w, None, None, None, indices, count, None, "silu")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "MOYU_CHECK": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0 and re.search("sparse_mlp: " + message, done.stderr)
 
 
 def test_works_on_the_current_stream() -> None:

@@ -65,8 +65,8 @@ void gather_gemv(const void* x, const void* weight, const void* bias, const int3
 }
 
 void gather_gemv_t(const float* values, const void* weight_t, const void* bias,
-                   const int32_t* indices, const int32_t* count, void* out, int64_t rows,
-                   int64_t d, int64_t capacity, DType dtype, float* workspace) {
+                   const int32_t* indices, const int32_t* count, void* out, int64_t rows, int64_t d,
+                   int64_t capacity, DType dtype, float* workspace) {
   current()->gemv_t(values, weight_t, bias, indices, count, out, rows, d, capacity, dtype,
                     workspace);
 }

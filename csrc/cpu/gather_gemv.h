@@ -8,7 +8,7 @@ void gather_gemv_of(const T* x, const T* weight, const T* bias, const int32_t* i
     const int64_t block = std::min(kMaxRows, rows - first);
     const InputOf<T>* input = prepare_input(x + first * d, block * d, workspace);
     float* block_out = out + first * capacity;
-#pragma omp parallel num_threads(threads_for(count* d * int64_t(sizeof(T))))
+#pragma omp parallel num_threads(threads_for(count * d * int64_t(sizeof(T))))
     {
       const Range mine = split(count, thread_id(), team_size());
       float dots[kMaxRows];
@@ -31,7 +31,6 @@ void gather_gemv(const void* x, const void* weight, const void* bias, const int3
   with_type(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     gather_gemv_of(static_cast<const T*>(x), static_cast<const T*>(weight),
-                   static_cast<const T*>(bias), indices, *count, out, rows, d, capacity,
-                   workspace);
+                   static_cast<const T*>(bias), indices, *count, out, rows, d, capacity, workspace);
   });
 }

@@ -1,13 +1,13 @@
 // The scaled sum of the active rows of a neuron-major matrix: the down projection.
 
 template <class T>
-void gather_gemv_t_of(const float* values, const T* weight_t, const T* bias,
-                      const int32_t* indices, int64_t count, T* out, int64_t rows, int64_t d,
-                      int64_t capacity, float* workspace) {
+void gather_gemv_t_of(const float* values, const T* weight_t, const T* bias, const int32_t* indices,
+                      int64_t count, T* out, int64_t rows, int64_t d, int64_t capacity,
+                      float* workspace) {
   float* accumulators = accumulators_in(workspace, d);
   for (int64_t first = 0; first < rows; first += kMaxRows) {
     const int64_t block = std::min(kMaxRows, rows - first);
-#pragma omp parallel num_threads(threads_for(count* d * int64_t(sizeof(T))))
+#pragma omp parallel num_threads(threads_for(count * d * int64_t(sizeof(T))))
     {
       const int parts = team_size(), part = thread_id();
       const Range mine = split(count, part, parts);
@@ -31,11 +31,11 @@ void gather_gemv_t_of(const float* values, const T* weight_t, const T* bias,
 }
 
 void gather_gemv_t(const float* values, const void* weight_t, const void* bias,
-                   const int32_t* indices, const int32_t* count, void* out, int64_t rows,
-                   int64_t d, int64_t capacity, DType dtype, float* workspace) {
+                   const int32_t* indices, const int32_t* count, void* out, int64_t rows, int64_t d,
+                   int64_t capacity, DType dtype, float* workspace) {
   with_type(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    gather_gemv_t_of(values, static_cast<const T*>(weight_t), static_cast<const T*>(bias),
-                     indices, *count, static_cast<T*>(out), rows, d, capacity, workspace);
+    gather_gemv_t_of(values, static_cast<const T*>(weight_t), static_cast<const T*>(bias), indices,
+                     *count, static_cast<T*>(out), rows, d, capacity, workspace);
   });
 }

@@ -2,8 +2,9 @@
 // No include guard on purpose: each isa_*.cpp includes it once, behind its target pragma.
 namespace moyu::cpu::MOYU_ISA {
 namespace {
+// In this order: each is written in the terms of those before it.
+// clang-format off
 #include "simd.h"
-// simd.h comes first: the rest is written in its terms.
 #include "parallel.h"
 #include "threshold_compact.h"
 #include "row_kernels.h"
@@ -13,6 +14,7 @@ namespace {
 #include "threshold_mlp.h"
 #include "shadow_simd.h"
 #include "shadow_mlp.h"
+// clang-format on
 }  // namespace
 }  // namespace moyu::cpu::MOYU_ISA
 
@@ -22,7 +24,7 @@ namespace moyu::cpu {
 #define MOYU_STRING_(a) #a
 #define MOYU_STRING(a) MOYU_STRING_(a)
 extern const Kernels MOYU_CONCAT(MOYU_ISA, _kernels) = {
-    MOYU_STRING(MOYU_ISA),       &runs_here,
+    MOYU_STRING(MOYU_ISA),        &runs_here,
     &MOYU_ISA::threshold_compact, &MOYU_ISA::gather_gemv,
     &MOYU_ISA::gather_gemv_t,     &MOYU_ISA::sparse_mlp,
     &MOYU_ISA::threshold_mlp,     &MOYU_ISA::shadow_scores,

@@ -73,8 +73,8 @@ constexpr int kGroup = 8;
 
 // acc += sum over n < N of scale[n] * w[n]; with kFetch the same lines of ahead[n] are fetched.
 template <int N, bool kFetch, class T>
-MOYU_INLINE void axpy_rows(const T* const* w, const float* scale, int64_t d,
-                           const T* const* ahead, float* acc) {
+MOYU_INLINE void axpy_rows(const T* const* w, const float* scale, int64_t d, const T* const* ahead,
+                           float* acc) {
   Vec s[N];
   for (int n = 0; n < N; ++n) s[n] = broadcast(scale[n]);
   int64_t j = 0;

@@ -93,8 +93,7 @@ MOYU_INLINE void shadow_dot_rows(const uint8_t* codes, const Bf16* scales, int64
     }
   }
   const Vec minus = broadcast(-kZero);
-  for (int r = 0; r < R; ++r)
-    out[r] = sum(fma(minus, zero_point[r], acc[r])) - kZero * rest[r];
+  for (int r = 0; r < R; ++r) out[r] = sum(fma(minus, zero_point[r], acc[r])) - kZero * rest[r];
 }
 
 template <int kBits>

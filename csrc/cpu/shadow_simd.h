@@ -16,7 +16,8 @@ MOYU_INLINE Bytes field(const uint8_t* p, uint8_t mask) {
 template <int kBit, int kTo>
 MOYU_INLINE Bytes bit_plane(const uint8_t* p) {
   const __m512i v = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  const __m512i shift = _mm512_setr_epi64(kBit, kBit, kBit, kBit, kBit + 4, kBit + 4, kBit + 4, kBit + 4);
+  const __m512i shift =
+      _mm512_setr_epi64(kBit, kBit, kBit, kBit, kBit + 4, kBit + 4, kBit + 4, kBit + 4);
   const __m512i bit = _mm512_and_si512(_mm512_srlv_epi64(v, shift), _mm512_set1_epi8(1));
   return _mm512_slli_epi16(bit, kTo);
 }
@@ -60,8 +61,9 @@ MOYU_INLINE Bytes both(Bytes a, Bytes b) {
 }
 MOYU_INLINE IntVec dot64(IntVec acc, Bytes codes, const int8_t* x) {
   const __m256i* xv = reinterpret_cast<const __m256i*>(x);
-  const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(codes.lo, _mm256_loadu_si256(xv)),
-                                         _mm256_maddubs_epi16(codes.hi, _mm256_loadu_si256(xv + 1)));
+  const __m256i pairs =
+      _mm256_add_epi16(_mm256_maddubs_epi16(codes.lo, _mm256_loadu_si256(xv)),
+                       _mm256_maddubs_epi16(codes.hi, _mm256_loadu_si256(xv + 1)));
   return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 

@@ -1,8 +1,12 @@
 // Vectors of float32 and the loads that widen to them, one version per instruction set.
 // Included by isa_body.h inside the instruction set's namespace.
 
-struct Half { uint16_t bits; };   // IEEE binary16
-struct Bf16 { uint16_t bits; };   // upper half of a binary32
+struct Half {
+  uint16_t bits;
+};  // IEEE binary16
+struct Bf16 {
+  uint16_t bits;
+};  // upper half of a binary32
 
 MOYU_INLINE float to_float(float v) { return v; }
 
@@ -20,8 +24,8 @@ MOYU_INLINE float to_float(Half v) {
     const float magnitude = static_cast<float>(fraction) * 5.9604644775390625e-8f;
     return sign ? -magnitude : magnitude;
   }
-  const uint32_t bits = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112u) << 23) |
-                        (fraction << 13);
+  const uint32_t bits =
+      sign | (exponent == 31 ? 0x7f800000u : (exponent + 112u) << 23) | (fraction << 13);
   float out;
   std::memcpy(&out, &bits, sizeof out);
   return out;
@@ -33,8 +37,8 @@ MOYU_INLINE void from_float(float v, float* out) { *out = v; }
 MOYU_INLINE void from_float(float v, Bf16* out) {
   uint32_t bits;
   std::memcpy(&bits, &v, sizeof bits);
-  out->bits = v != v ? 0x7fc0u
-                     : static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+  out->bits =
+      v != v ? 0x7fc0u : static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
 MOYU_INLINE void from_float(float v, Half* out) {
@@ -45,7 +49,7 @@ MOYU_INLINE void from_float(float v, Half* out) {
   if (magnitude > 0x7f800000u) {
     out->bits = sign | 0x7e00u;  // NaN
   } else if (magnitude >= 0x477ff000u) {
-    out->bits = sign | 0x7c00u;  // rounds to infinity
+    out->bits = sign | 0x7c00u;          // rounds to infinity
   } else if (magnitude < 0x38800000u) {  // subnormal: let the FPU round at 2^-24
     float f;
     std::memcpy(&f, &magnitude, sizeof f);
@@ -129,7 +133,9 @@ MOYU_INLINE Vec broadcast(float v) { return v; }
 MOYU_INLINE Vec add(Vec a, Vec b) { return a + b; }
 MOYU_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 template <class T>
-MOYU_INLINE Vec load(const T* p) { return to_float(*p); }
+MOYU_INLINE Vec load(const T* p) {
+  return to_float(*p);
+}
 MOYU_INLINE void store(float* p, Vec v) { *p = v; }
 MOYU_INLINE float sum(Vec v) { return v; }
 

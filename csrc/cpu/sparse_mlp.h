@@ -9,14 +9,10 @@ struct Matrices {
   Activation activation;
 
   Matrices(const Mlp& mlp, int64_t first, float* workspace)
-      : gate(static_cast<const T*>(mlp.gate)),
-        up(static_cast<const T*>(mlp.up)),
-        down_t(static_cast<const T*>(mlp.down_t)),
-        gate_bias(static_cast<const T*>(mlp.gate_bias)),
-        up_bias(static_cast<const T*>(mlp.up_bias)),
-        rows(std::min(kMaxRows, mlp.rows - first)),
-        d(mlp.d),
-        activation(mlp.activation) {
+      : gate(static_cast<const T*>(mlp.gate)), up(static_cast<const T*>(mlp.up)),
+        down_t(static_cast<const T*>(mlp.down_t)), gate_bias(static_cast<const T*>(mlp.gate_bias)),
+        up_bias(static_cast<const T*>(mlp.up_bias)), rows(std::min(kMaxRows, mlp.rows - first)),
+        d(mlp.d), activation(mlp.activation) {
     x = prepare_input(static_cast<const T*>(mlp.x) + first * d, rows * d, workspace);
   }
 };
@@ -32,8 +28,8 @@ MOYU_INLINE void neuron_activation(const Matrices<T>& m, int64_t i, int64_t soon
     dot(m.gate + i * m.d, m.x, m.rows, m.d, m.gate + soon * m.d, down, h);
     dot<T>(row, m.x, m.rows, m.d, ahead, nullptr, a);
     for (int64_t r = 0; r < m.rows; ++r)
-      a[r] = activate(m.activation, h[r] + bias_at(m.gate_bias, i)) *
-             (a[r] + bias_at(m.up_bias, i));
+      a[r] =
+          activate(m.activation, h[r] + bias_at(m.gate_bias, i)) * (a[r] + bias_at(m.up_bias, i));
   } else {
     dot(row, m.x, m.rows, m.d, ahead, down, a);
     for (int64_t r = 0; r < m.rows; ++r)
@@ -84,7 +80,6 @@ void sparse_mlp_of(const Mlp& mlp, const ActiveSet& set, float* workspace) {
 }
 
 void sparse_mlp(const Mlp& mlp, const ActiveSet& set, float* workspace) {
-  with_type(mlp.dtype, [&](auto tag) {
-    sparse_mlp_of<typename decltype(tag)::type>(mlp, set, workspace);
-  });
+  with_type(mlp.dtype,
+            [&](auto tag) { sparse_mlp_of<typename decltype(tag)::type>(mlp, set, workspace); });
 }

@@ -20,8 +20,8 @@ MOYU_INLINE void multiply_up(const Matrices<T>& m, const int64_t* neurons, int64
 }
 
 template <class T>
-void threshold_mlp_of(const Mlp& mlp, Plan plan, const float* scale, float epsilon,
-                      int32_t* counts, float* workspace) {
+void threshold_mlp_of(const Mlp& mlp, Plan plan, const float* scale, float epsilon, int32_t* counts,
+                      float* workspace) {
   const int64_t d = mlp.d, f = mlp.f;
   const int64_t bytes = f * d * (mlp.gate ? 3 : 2) * int64_t(sizeof(T));
   const bool gate_decides = plan == Plan::kGate && mlp.gate;

@@ -14,6 +14,8 @@ inline constexpr unsigned kAllLanes = 0xffffffffu;
 // Blocks per multiprocessor of the persistent grids. Two let one block stream while the other
 // reduces; each block more costs another partial output row in gather_gemv_t's second stage.
 inline constexpr int kBlocksPerMultiprocessor = 2;
+// Blocks of a persistent grid at most: a block sums up what so many others have found.
+inline constexpr int kMaxBlocks = 2 * kThreads;
 // Neurons that a block holds in shared memory at a time. On 132 multiprocessors a block's whole
 // share of f = 14336 is 55, so that the second tile is met only by larger MLPs or smaller GPUs.
 inline constexpr int kTile = 64;
@@ -104,6 +106,26 @@ __device__ __forceinline__ int share_begin(int64_t n, int64_t block) {
   return static_cast<int>(n * block / gridDim.x);
 }
 
+// Inclusive sum over the lanes up to this one.
+__device__ __forceinline__ int warp_scan(int v) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const int other = __shfl_up_sync(kAllLanes, v, offset);
+    if (lane >= offset) v += other;
+  }
+  return v;
+}
+
+// Whether some row uses the neuron.
+template <int kRows>
+__device__ __forceinline__ bool any_row(const bool (&active)[kRows]) {
+  bool any = false;
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) any = any || active[r];
+  return any;
+}
+
 // Sums each of kValues (a power of two up to 32) over the warp, halving the number of values with
 // the number of lanes. Lane l returns the total of value l * kValues / 32, added in the same
 // order whatever kValues is: a row's result does not depend on how many rows there are.
@@ -143,7 +165,7 @@ bool rows_aligned(DType dtype, int64_t d, Pointers... pointers) {
 // Blocks of a persistent grid over n items.
 inline int64_t persistent_blocks(const char* op, int64_t n) {
   const int64_t most = int64_t{kBlocksPerMultiprocessor} * current_device(op).multiprocessors;
-  return std::max<int64_t>(1, std::min(most, n));
+  return std::max<int64_t>(1, std::min({most, n, int64_t{kMaxBlocks}}));
 }
 
 template <typename T, bool kAligned, typename F>

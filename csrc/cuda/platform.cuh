@@ -38,6 +38,13 @@ __device__ __forceinline__ void prefetch_l2(const void* p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 }
 
+// c + the sum over four bytes of a, unsigned, times those of b, signed.
+__device__ __forceinline__ int dot4(unsigned a, unsigned b, int c) {
+  int sum;
+  asm("dp4a.u32.s32 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
+  return sum;
+}
+
 // Programmatic dependent launch: a kernel may be resident before the one that it depends on has
 // finished, so each one waits before its first access to global memory.
 __device__ __forceinline__ void wait_for_previous_kernel() {

@@ -1,5 +1,5 @@
 // The MLP over a set known in advance (the `given` plan): what is not in the set is not read.
-#include "mlp.cuh"
+#include "given.cuh"
 
 namespace moyu::cuda {
 
@@ -7,6 +7,7 @@ template <typename T>
 struct SparseMlpParams {
   MlpParams<T> mlp;
   ActiveSet set;
+  Pieces pieces;
   int64_t capacity;  // entries that set.indices has room for
 };
 
@@ -19,25 +20,63 @@ struct SparseMlpShared {
   float values[kTile][kRows];
   int32_t neurons[kTile];
   bool valid[kTile];
+  int32_t piece_end[kMaxBlocks];  // positions of the whole list up to the end of piece b
+  int32_t warp_totals[kWarps];
 };
+
+// Fills s.piece_end; returns the length of the whole list.
+template <int kRows>
+__device__ __forceinline__ int find_pieces(SparseMlpShared<kRows>& s, const Pieces& pieces) {
+  const int warp = threadIdx.x / 32, piece = 2 * threadIdx.x;
+  const int first = piece < pieces.blocks ? pieces.counts[piece] : 0;
+  const int second = piece + 1 < pieces.blocks ? pieces.counts[piece + 1] : 0;
+  int upto = warp_scan(first + second);
+  if (threadIdx.x % 32 == 31) s.warp_totals[warp] = upto;
+  __syncthreads();
+  for (int w = 0; w < warp; ++w) upto += s.warp_totals[w];
+  s.piece_end[piece] = upto - second;
+  s.piece_end[piece + 1] = upto;
+  __syncthreads();
+  return s.piece_end[kMaxBlocks - 1];
+}
+
+// The neuron at position k of the list.
+template <int kRows>
+__device__ __forceinline__ int32_t listed(const SparseMlpShared<kRows>& s, const ActiveSet& set,
+                                          const Pieces& pieces, int64_t f, int k) {
+  if (set.indices == nullptr) return k;
+  if (pieces.counts == nullptr) return set.indices[k];
+  int low = 0, high = pieces.blocks - 1;  // the first piece that ends behind k
+  while (low < high) {
+    const int middle = (low + high) / 2;
+    if (s.piece_end[middle] > k) {
+      high = middle;
+    } else {
+      low = middle + 1;
+    }
+  }
+  const int before = low == 0 ? 0 : s.piece_end[low - 1];
+  return set.indices[f * low / pieces.blocks + k - before];
+}
 
 template <typename T, int kWidth, int kRows>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     sparse_mlp_kernel(SparseMlpParams<T> params) {
+  static_assert(kMaxBlocks == 2 * kThreads);
   MOYU_SHARED(SparseMlpShared<kRows>, s);
   wait_for_previous_kernel();
   allow_next_kernel();
   const MlpParams<T>& p = params.mlp;
   const ActiveSet& set = params.set;
-  const int count = clamped_count(set.count, params.capacity);
+  const int count = params.pieces.counts == nullptr ? clamped_count(set.count, params.capacity)
+                                                    : find_pieces(s, params.pieces);
   const int begin = share_begin(count, blockIdx.x), end = share_begin(count, blockIdx.x + 1);
   float* const partial = p.partial + blockIdx.x * p.rows * p.d;
   int first = begin;
   do {  // once even for an empty share: the partial output is 0 then
     const int n = min(kTile, end - first);
     if (static_cast<int>(threadIdx.x) < n) {
-      const int k = first + threadIdx.x;
-      const int32_t neuron = set.indices == nullptr ? k : set.indices[k];
+      const int32_t neuron = listed(s, set, params.pieces, p.f, first + threadIdx.x);
       s.valid[threadIdx.x] = neuron >= 0 && neuron < p.f;
       s.neurons[threadIdx.x] = s.valid[threadIdx.x] ? neuron : 0;
     }
@@ -69,20 +108,28 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   } while (first < end);
 }
 
+void launch_given(const char* op, const Mlp& mlp, int64_t first, int64_t rows, const ActiveSet& set,
+                  int64_t capacity, const Pieces& pieces, const BlockCounts& counted,
+                  float* workspace, void* stream) {
+  const int64_t blocks = persistent_blocks(op, mlp.f);
+  dispatch(mlp.dtype, mlp_aligned(mlp, workspace), rows, [&]<typename T, int kWidth, int kRows>() {
+    launch(op, sparse_mlp_kernel<T, kWidth, kRows>, blocks, kThreads, stream,
+           SparseMlpParams<T>{mlp_params<T>(mlp, first, rows, workspace), set, pieces, capacity});
+    auto reduce = mlp_reduce_params<T>(mlp, first, rows, blocks, workspace);
+    reduce.block_counts = counted.of_blocks;
+    reduce.counts = counted.counts;
+    launch_reduce(op, reduce, stream);
+  });
+}
+
 void sparse_mlp(const Mlp& mlp, const ActiveSet& set, int64_t capacity, float* workspace,
                 void* stream) {
-  const bool aligned = mlp_aligned(mlp, workspace);
-  const int64_t blocks = persistent_blocks("sparse_mlp", mlp.f);
   for (int64_t first = 0; first < mlp.rows; first += kMaxRows) {
     const int64_t n = std::min(kMaxRows, mlp.rows - first);
     ActiveSet mine = set;
     if (set.mask != nullptr) mine.mask += first * mlp.f;
-    dispatch(mlp.dtype, aligned, n, [&]<typename T, int kWidth, int kRows>() {
-      launch("sparse_mlp", sparse_mlp_kernel<T, kWidth, kRows>, blocks, kThreads, stream,
-             SparseMlpParams<T>{mlp_params<T>(mlp, first, n, workspace), mine,
-                                set.indices == nullptr ? mlp.f : capacity});
-      launch_reduce("sparse_mlp", mlp_reduce_params<T>(mlp, first, n, blocks, workspace), stream);
-    });
+    launch_given("sparse_mlp", mlp, first, n, mine, set.indices == nullptr ? mlp.f : capacity, {},
+                 {}, workspace, stream);
   }
 }
 

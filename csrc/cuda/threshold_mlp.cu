@@ -36,11 +36,7 @@ __device__ __forceinline__ void compact_tile(ThresholdMlpShared<kRows>& s, int n
   int kept = 0;
   for (int j0 = 0; j0 < n; j0 += 32) {
     const int j = j0 + lane;
-    bool any = false;
-    if (j < n) {
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) any = any || s.active[j][r];
-    }
+    const bool any = j < n && any_row<kRows>(s.active[j]);
     const unsigned bits = __ballot_sync(kAllLanes, any);
     if (any) {
       const int at = kept + __popc(bits & ((1u << lane) - 1));

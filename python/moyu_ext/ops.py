@@ -4,7 +4,7 @@ Each wraps ``torch.ops.moyu_ext.<name>``; the fakes below let ``torch.compile`` 
 Tensors are contiguous and on one device; weights and ``x`` share float32, float16 or bfloat16, and
 sums are kept in float32. A wrong shape, dtype or device raises RuntimeError, and on the CPU so does
 an index or count out of range; on CUDA, where the host cannot look at them without waiting, a
-count is clamped and such an index contributes 0.
+count is clamped and such an index contributes 0, unless MOYU_CHECK=1 asks to wait and look.
 """
 
 from __future__ import annotations

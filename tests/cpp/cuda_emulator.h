@@ -288,6 +288,11 @@ inline uint4 load_streaming(const uint4* p, bool wanted) {
     emulator::Block::fail("misaligned address of a 16-byte load");
   return wanted ? *p : uint4{0, 0, 0, 0};
 }
+inline int dot4(unsigned a, unsigned b, int c) {
+  for (int byte = 0; byte < 32; byte += 8)
+    c += static_cast<int>(a >> byte & 0xff) * static_cast<int8_t>(b >> byte & 0xff);
+  return c;
+}
 inline void prefetch_l2(const void*) {}
 inline void wait_for_previous_kernel() {}
 inline void allow_next_kernel() {}

@@ -249,4 +249,57 @@ bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
   return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
 }
 
+// Runs f several times, on the emulator in different thread and block orders, and checks that
+// each run gives the same bits; returns the last result.
+template <typename F>
+auto repeated(const std::string& what, F&& f) {
+  auto first = f();
+#if defined(MOYU_CUDA_EMULATOR)
+  for (auto order : {emulator::Order::kBackward, emulator::Order::kShuffled}) {
+    emulator::config.order = order;
+    check(same_bits(first, f()), what + ": a race: the result depends on the order of threads");
+  }
+  emulator::config.order = emulator::Order::kForward;
+#else
+  check(same_bits(first, f()), what + ": the same bits in a second run");
+#endif
+  return first;
+}
+
+template <typename T>
+const T* or_null(const Buffer<T>& buffer, bool present) {
+  return present ? buffer.data() : nullptr;
+}
+
+// A problem's tensors in device memory, and the descriptor that the launchers take.
+template <typename T>
+struct OnDevice {
+  Buffer<T> x, gate, up, down_t, gate_bias, up_bias, down_bias, out;
+  Buffer<float> workspace;
+  moyu::Mlp mlp;
+
+  explicit OnDevice(const Problem<T>& p)
+      : x(p.x), gate(p.gate), up(p.up), down_t(p.down_t), gate_bias(p.gate_bias),
+        up_bias(p.up_bias), down_bias(p.down_bias), out(p.rows * p.d),
+        workspace(moyu::cuda::workspace_floats(p.rows, p.d, p.f)) {
+    mlp = {x.data(),
+           or_null(gate, p.gated),
+           up.data(),
+           down_t.data(),
+           or_null(gate_bias, p.gated && p.biased),
+           or_null(up_bias, p.biased),
+           or_null(down_bias, p.biased),
+           out.data(),
+           p.rows,
+           p.d,
+           p.f,
+           kDType<T>,
+           p.activation};
+  }
+  std::vector<T> read(const std::string& what) const {
+    workspace.read(what + " workspace");
+    return out.read(what);
+  }
+};
+
 }  // namespace test

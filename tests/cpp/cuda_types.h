@@ -38,6 +38,11 @@ inline uint32_t __float_as_uint(float v) {
   std::memcpy(&bits, &v, sizeof(bits));
   return bits;
 }
+inline int atomicAdd(int* p, int v) {  // fibers switch at warp operations and barriers only
+  const int old = *p;
+  *p += v;
+  return old;
+}
 inline __half __ushort_as_half(uint16_t bits) { return {bits}; }
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 

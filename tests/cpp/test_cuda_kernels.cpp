@@ -2,11 +2,13 @@
 //   g++ -std=c++20 -O1 -DMOYU_CUDA_EMULATOR -I tests/cpp tests/cpp/test_cuda_kernels.cpp
 //   nvcc -std=c++20 -x cu tests/cpp/test_cuda_kernels.cpp csrc/cuda/*.cu
 // The first runs on the emulator, in several thread orders, and needs neither CUDA nor a GPU.
-#include "cuda_test_support.h"
+#include "cuda_shadow_tests.h"
 
 #if defined(MOYU_CUDA_EMULATOR)
 #include "../../csrc/cuda/gather_gemv.cu"
 #include "../../csrc/cuda/gather_gemv_t.cu"
+#include "../../csrc/cuda/shadow_mlp.cu"
+#include "../../csrc/cuda/shadow_scores.cu"
 #include "../../csrc/cuda/sparse_mlp.cu"
 #include "../../csrc/cuda/threshold_compact.cu"
 #include "../../csrc/cuda/threshold_mlp.cu"
@@ -23,30 +25,8 @@ constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
 std::string operator+(const std::string& s, int64_t v) { return s + std::to_string(v); }
 
-// Runs f several times, on the emulator in different thread and block orders, and checks that
-// each run gives the same bits; returns the last result.
-template <typename F>
-auto repeated(const std::string& what, F&& f) {
-  auto first = f();
-#if defined(MOYU_CUDA_EMULATOR)
-  for (auto order : {emulator::Order::kBackward, emulator::Order::kShuffled}) {
-    emulator::config.order = order;
-    check(same_bits(first, f()), what + ": a race: the result depends on the order of threads");
-  }
-  emulator::config.order = emulator::Order::kForward;
-#else
-  check(same_bits(first, f()), what + ": the same bits in a second run");
-#endif
-  return first;
-}
-
 Buffer<float> workspace_for(int64_t rows, int64_t d, int64_t f) {
   return Buffer<float>(cuda::workspace_floats(rows, d, f));
-}
-
-template <typename T>
-const T* or_null(const Buffer<T>& buffer, bool present) {
-  return present ? buffer.data() : nullptr;
 }
 
 // ---- threshold_compact ----
@@ -163,37 +143,6 @@ void test_gathers() {
 }
 
 // ---- sparse_mlp ----
-
-// A problem's tensors in device memory, and the descriptor that the launchers take.
-template <typename T>
-struct OnDevice {
-  Buffer<T> x, gate, up, down_t, gate_bias, up_bias, down_bias, out;
-  Buffer<float> workspace;
-  Mlp mlp;
-
-  explicit OnDevice(const Problem<T>& p)
-      : x(p.x), gate(p.gate), up(p.up), down_t(p.down_t), gate_bias(p.gate_bias),
-        up_bias(p.up_bias), down_bias(p.down_bias), out(p.rows * p.d),
-        workspace(cuda::workspace_floats(p.rows, p.d, p.f)) {
-    mlp = {x.data(),
-           or_null(gate, p.gated),
-           up.data(),
-           down_t.data(),
-           or_null(gate_bias, p.gated && p.biased),
-           or_null(up_bias, p.biased),
-           or_null(down_bias, p.biased),
-           out.data(),
-           p.rows,
-           p.d,
-           p.f,
-           kDType<T>,
-           p.activation};
-  }
-  std::vector<T> read(const std::string& what) const {
-    workspace.read(what + " workspace");
-    return out.read(what);
-  }
-};
 
 enum class Set { kAll, kHalf, kNone, kOne, kTooMany, kBadIndices };
 
@@ -363,12 +312,14 @@ void test_everything() {
   test_type<float>();
   test_type<__half>();
   test_type<__nv_bfloat16>();
+  test_shadow();
   emulator::config.multiprocessors = 1;  // several tiles a block
   sparse_case(Problem<__half>(2, 64, 300), Set::kHalf, true);
   threshold_case(Problem<__half>(2, 64, 300), Plan::kGate, 0.4, false);
   threshold_case(Problem<float>(5, 64, 300), Plan::kProduct, 0.4, true);
   gemv_case<__half>(2, 64, 300, 290, {280, 280}, true);
   gemv_t_case<__half>(2, 64, 300, 290, {280, 280}, true);
+  shadow_case(Problem<__half>(3, 64, 300), 2, 1);
   emulator::config.multiprocessors = 20;  // many partial outputs, then blocks without a share
   sparse_case(Problem<__half>(2, 64, 111, true, true), Set::kAll, true);
   threshold_case(Problem<__half>(2, 64, 111), Plan::kGate, 0.5, false);
@@ -376,12 +327,20 @@ void test_everything() {
   sparse_case(Problem<__half>(1, 64, 111), Set::kOne, false);
   threshold_case(Problem<__half>(1, 64, 43), Plan::kProduct, 0.1, false);
   gemv_t_case<__half>(1, 64, 111, 90, {7, 7}, true);
+  shadow_case(Problem<__half>(1, 64, 111), 2, 2);
+  shadow_case(Problem<float>(2, 64, 19), 1, 3);
+  emulator::config.multiprocessors = 600;  // more than kMaxBlocks blocks would be asked for
+  shadow_case(Problem<__half>(1, 16, 1300), 2, 2);
   emulator::config.multiprocessors = 3;
 #else
   test_threshold_compact();
-  test_type<float>();
   test_type<__half>();
-  test_type<__nv_bfloat16>();
+  test_shadow();
+  const char* brief = std::getenv("MOYU_TEST_BRIEF");  // under compute-sanitizer, which is slow
+  if (brief == nullptr || brief[0] != '1') {
+    test_type<float>();
+    test_type<__nv_bfloat16>();
+  }
 #endif
   test_nan_reaches_the_output();
 }

@@ -5,6 +5,7 @@ from .decode import measure_decode
 from .geometries import GEOMETRIES, Geometry, geometry
 from .machine import Machine
 from .mlp import measure_mlp
+from .mlp_cuda import measure_mlp_cuda
 from .rows import COLUMNS, BenchmarkError, Row, check_csv, write_csv
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "geometry",
     "measure_decode",
     "measure_mlp",
+    "measure_mlp_cuda",
     "method_at",
     "write_csv",
 ]

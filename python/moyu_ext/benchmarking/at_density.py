@@ -69,10 +69,10 @@ def _quantiles(model: nn.Module, density: float, score: str) -> list[float]:
         place = round((1 - density) * (a.numel() - 1))
         found[index] = 0.0 if density >= 1 else float(a.flatten().kthvalue(place + 1).values)
 
-    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    table: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
     positions: int = model.config.max_position_embeddings  # type: ignore[union-attr, assignment]
     length = min(_TOKENS, positions)
-    ids = torch.randint(3, vocabulary, (1, length), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(3, table.shape[0], (1, length), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode(), record_inputs(model, sites, look):
-        model(input_ids=ids, use_cache=False)
+        model(input_ids=ids.to(table.device), use_cache=False)
     return found

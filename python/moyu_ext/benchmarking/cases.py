@@ -50,7 +50,8 @@ class Case(ABC):
     def all_active(self) -> None:
         """Let every row use every neuron."""
         f = self.layers[0].weights.f
-        self.active = [torch.ones(self.x.shape[0], f, dtype=torch.bool)] * len(self.layers)
+        everyone = torch.ones(self.x.shape[0], f, dtype=torch.bool, device=self.x.device)
+        self.active = [everyone] * len(self.layers)
 
     @property
     def density(self) -> float:
@@ -121,7 +122,7 @@ class Given(Case):
 
     def prepare(self, generator: torch.Generator) -> None:
         """See `Case`."""
-        f = self.layers[0].weights.f
+        f, device = self.layers[0].weights.f, self.x.device
         rows = self.x.shape[0]
         kept = max(1, round(self.asked * f))
         self.indices, self.counts = [], []
@@ -131,10 +132,11 @@ class Given(Case):
             for r in range(rows):
                 active[r, torch.randperm(f, generator=generator)[:kept]] = True
             union = active.any(0).nonzero().flatten().to(torch.int32)
-            self.indices.append(F.pad(union, (0, f - union.numel())))
-            self.counts.append(torch.tensor([union.numel()], dtype=torch.int32))
-            self.masks.append(active.to(torch.uint8) if rows > 1 and kept < f else None)
-            self.active.append(active)
+            self.indices.append(F.pad(union, (0, f - union.numel())).to(device))
+            self.counts.append(torch.tensor([union.numel()], dtype=torch.int32, device=device))
+            self.active.append(active.to(device))
+            masked = rows > 1 and kept < f
+            self.masks.append(self.active[-1].to(torch.uint8) if masked else None)
 
     def call(self, k: int) -> Tensor:
         """See `Case`."""
@@ -160,7 +162,7 @@ class Gate(Case):
             epsilon = _between(ordered, round((1 - self.asked) * (ordered.numel() - 1)))
             if self.asked >= 1:
                 epsilon = 0.0
-            self.epsilons.append(torch.tensor([epsilon], dtype=torch.float32))
+            self.epsilons.append(torch.tensor([epsilon], dtype=torch.float32, device=score.device))
             self.scales.append(scale)
             self.active.append(score >= epsilon)
 
@@ -225,6 +227,7 @@ class ShadowMlp(Case):
         self.kept = max(1, round(self.asked * self.layers[0].weights.f))
         self.norms = [layer.weights.column_norms() for layer in self.layers]
         self.shadows = [layer.shadow(self.bits) for layer in self.layers]
+        self.epsilons: list[Tensor | None] = [None] * len(self.layers)
         self.active = [choose(self.scores(k), None, self.kept) for k in range(len(self.layers))]
 
     def scores(self, k: int) -> Tensor:
@@ -240,7 +243,7 @@ class ShadowMlp(Case):
         w, s = self.layers[k].weights, self.shadows[k]
         out, self.last_counts = ops.shadow_mlp(
             self.x, w.gate, w.up, w.down_t, w.gate_bias, w.up_bias, w.down_bias, s.data,
-            self.norms[k], None, self.kept, s.bits_gate, s.bits_up, w.activation,
+            self.norms[k], self.epsilons[k], self.kept, s.bits_gate, s.bits_up, w.activation,
         )  # fmt: skip
         return out
 
@@ -270,6 +273,23 @@ class ShadowMlp(Case):
         w = self.layers[0].weights
         exact = mlp_neurons("given", self.union, w.f, w.gated) * w.d * w.up.element_size()
         return self.shadows[0].data.numel() + round(exact)
+
+
+class ShadowThreshold(ShadowMlp):
+    """shadow_mlp with a threshold on the estimated norm instead of a top k."""
+
+    plan = "shadow-eps"
+
+    def prepare(self, generator: torch.Generator) -> None:
+        """See `Case`."""
+        super().prepare(generator)
+        for k in range(len(self.layers)):
+            scores = self.scores(k)
+            ordered = scores.flatten().sort().values
+            value = _between(ordered, round((1 - self.asked) * (ordered.numel() - 1)))
+            epsilon = torch.tensor([0.0 if self.asked >= 1 else value], device=scores.device)
+            self.epsilons[k] = epsilon
+            self.active[k] = choose(scores, epsilon, 0)
 
 
 class ShadowScores(ShadowMlp):
@@ -310,7 +330,7 @@ PLANS: dict[str, type[Case]] = {
     case.plan: case for case in (TorchDense, TorchDenseNeuronMajor, Given, Gate, Product)
 }
 for _bits in (1, 2, 3, 4):
-    for _kind in (ShadowMlp, ShadowScores):
+    for _kind in (ShadowMlp, ShadowThreshold, ShadowScores):
         _plan = f"{_kind.plan}-{_bits}"
         PLANS[_plan] = type(_kind.__name__, (_kind,), {"plan": _plan, "bits": _bits})
 

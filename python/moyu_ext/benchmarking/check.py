@@ -17,7 +17,7 @@ def exact(x: Tensor, weights: MlpWeights, active: Tensor) -> Tensor:
     """The MLP in float64 by `reference`: x [rows, d], active bool [rows, f] -> [rows, d]."""
     w = weights
     used = active.any(0).nonzero().flatten()
-    out = torch.zeros(x.shape, dtype=torch.float64)
+    out = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
     for block in used.split(_BLOCK):
         out += reference.masked_mlp(
             x,

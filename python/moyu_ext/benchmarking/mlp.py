@@ -68,19 +68,15 @@ def measure_mlp(
     from memory. Each round samples the read bandwidth. Each case's last result is checked against
     `reference` in float64 before its row is made. Medians are over `repeats` calls.
 
-    plans: "given", "gate", "product"; "shadow-b" (b = 1..4 bits) for qRIDA's operator and
-    "scores-b" for its shadow pass alone; "dense-neuron-major" for torch's dense MLP on the layout
-    that a patched model keeps. progress: called with (rounds done, rounds in all).
+    plans: "given", "gate", "product"; "shadow-b" (b = 1..4 bits) for qRIDA's operator with the
+    top k, "shadow-eps-b" with a threshold and "scores-b" for its shadow pass alone;
+    "dense-neuron-major" for torch's dense MLP on the layout that a patched model keeps. progress:
+    called with (rounds done, rounds in all).
 
     Raises ConfigurationError for unknown names, impossible numbers and too little memory,
     BenchmarkError for a wrong result.
     """
-    size = geometry(size) if isinstance(size, str) else size
-    wanted = _cases(plans, densities)
-    for value in (*rows, repeats, *(() if layers is None else (layers,))):
-        check_count("rows, repeats or layers", value)
-    if dtype not in DTYPES:
-        raise ConfigurationError(f"dtype is {dtype}; expected float32, float16 or bfloat16")
+    size, wanted = check_request(size, dtype, plans, densities, rows, repeats, layers)
     machine = Machine.look()
     one = size.matrices * size.d * size.f * dtype.itemsize
     count = layers or _layer_count(one, max(WORKING_SET, 4 * machine.cache_bytes), len(wanted))
@@ -126,6 +122,24 @@ def measure_mlp(
             for i, case in enumerate(timing.cases)
         ]
     return MlpResult(found, machine, bandwidth.by_reader, count, machine.warnings())
+
+
+def check_request(
+    size: Geometry | str,
+    dtype: torch.dtype,
+    plans: Sequence[str],
+    densities: Sequence[float],
+    rows: Sequence[int],
+    repeats: int,
+    layers: int | None,
+) -> tuple[Geometry, list[tuple[type[Case], float]]]:
+    """The geometry, and what to time beside the baseline; ConfigurationError for nonsense."""
+    wanted = _cases(plans, densities)
+    for value in (*rows, repeats, *(() if layers is None else (layers,))):
+        check_count("rows, repeats or layers", value)
+    if dtype not in DTYPES:
+        raise ConfigurationError(f"dtype is {dtype}; expected float32, float16 or bfloat16")
+    return geometry(size) if isinstance(size, str) else size, wanted
 
 
 class _Timing:

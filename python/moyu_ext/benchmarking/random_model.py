@@ -23,12 +23,13 @@ def random_model(
     layers: int | None = None,
     positions: int = 4096,
     seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> PreTrainedModel:
     """A Llama (or OPT, where the MLP is ungated) in evaluation mode, its weights in `dtype`.
 
     layers: fewer than the geometry has, to try something quickly. Llama-2-7B in bfloat16 takes
-    13.5 GB. Raises ConfigurationError where that much memory is not there, or the geometry names an
-    MLP only.
+    13.5 GB. Raises ConfigurationError where the host has not that much memory, or the geometry is
+    that of an MLP only.
     """
     config = _config(geometry, layers, positions)
     with torch.device("meta"):
@@ -37,17 +38,18 @@ def random_model(
     # One W_down more while it is patched, and room for the cache, the logits, the memory that tells
     # the bandwidth, and a twelfth of the model for qRIDA's shadows.
     spare = geometry.d * geometry.f * dtype.itemsize + (1 << 30) + size // 12
-    require_memory(size + spare, f"{geometry.name} with {config.num_hidden_layers} layers")
+    if torch.device(device).type == "cpu":
+        require_memory(size + spare, f"{geometry.name} with {config.num_hidden_layers} layers")
     # The values of buffers are lost on meta. They do not depend on the number of layers.
     config.num_hidden_layers, kept = 0, config.num_hidden_layers
     buffers = dict(AutoModelForCausalLM.from_config(config, dtype=dtype).named_buffers())
     config.num_hidden_layers = kept
-    model = model.to_empty(device="cpu")
+    model = model.to_empty(device=device)
     model.tie_weights()
     with torch.no_grad():
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])
-        filler = Filler(dtype, seed)
+        filler = Filler(dtype, seed, device)
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
                 filler.fill(parameter.data, _DEVIATION)

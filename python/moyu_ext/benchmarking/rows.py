@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import io
 import math
+import os
 import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -94,7 +95,12 @@ def quantile(values: Sequence[float], q: float) -> float:
 
 
 def commit() -> str:
-    """The clone's git commit, "+" where the code differs from it; else the package's version."""
+    """The clone's git commit, "+" where the code differs from it; else the package's version.
+
+    MOYU_COMMIT says it where a package was installed from a clone that is not there any more.
+    """
+    if known := os.environ.get("MOYU_COMMIT"):
+        return known
     root = Path(__file__).resolve().parents[3]
     if (root / ".git").exists() and (root / "csrc" / "moyu.h").exists():
         try:

@@ -21,11 +21,13 @@ _BLOCK = 4194301  # the largest prime below 2^22
 
 
 class Filler:
-    """Fills tensors of one dtype with N(0, deviation^2)."""
+    """Fills tensors of one dtype and device with N(0, deviation^2)."""
 
-    def __init__(self, dtype: torch.dtype, seed: int = 0) -> None:
+    def __init__(
+        self, dtype: torch.dtype, seed: int = 0, device: torch.device | str = "cpu"
+    ) -> None:
         generator = torch.Generator().manual_seed(seed)
-        self._normal = torch.randn(_BLOCK, generator=generator)
+        self._normal = torch.randn(_BLOCK, generator=generator).to(device)
         self._dtype = dtype
         self._blocks: dict[float, Tensor] = {}
         self._start = 0
@@ -46,7 +48,8 @@ class Filler:
 
     def draw(self, *shape: int, deviation: float) -> Tensor:
         """A new tensor of this shape."""
-        return self.fill(torch.empty(shape, dtype=self._dtype), deviation)
+        empty = torch.empty(shape, dtype=self._dtype, device=self._normal.device)
+        return self.fill(empty, deviation)
 
 
 @dataclass(frozen=True)

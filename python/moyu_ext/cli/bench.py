@@ -55,8 +55,9 @@ def mlp(
             "-p",
             help="When the active set is known: given (before the MLP: skips gate, up and down), "
             "gate (behind the gate: skips up and down), product (behind gate and up: skips down), "
-            "shadow-1 to shadow-4 (qRIDA with that many bits) and scores-1 to scores-4 (its shadow "
-            "alone). dense-neuron-major: torch's dense MLP on the layout of a patched model. "
+            "shadow-1 to shadow-4 (qRIDA with that many bits, top k), shadow-eps-1 to shadow-eps-4 "
+            "(with a threshold) and scores-1 to scores-4 (its shadow alone). dense-neuron-major: "
+            "torch's dense MLP on the layout of a patched model. "
             "Repeatable.",
         ),
     ] = ["given", "gate", "product", "shadow-2"],  # noqa: B006
@@ -76,6 +77,14 @@ def mlp(
             help="MLPs in rotation; by default so many that no weight is still in a cache.",
         ),
     ] = None,
+    device: Annotated[
+        str,
+        typer.Option(
+            "--device",
+            help="cpu, or cuda: there every case runs in a CUDA graph, beside torch's dense MLP "
+            "eager, in a graph and compiled, and beside a Triton GEMV that masks inputs.",
+        ),
+    ] = "cpu",
     seed: Seed = 0,
     csv: CsvFile = None,
     json: common.Json = None,
@@ -87,11 +96,13 @@ def mlp(
 
     Example: moyu bench mlp -g llama-3-8b --plan given -d 0.33 -d 0.1 --json mlp.json
     """
-    from ..benchmarking import measure_mlp
+    from ..benchmarking import measure_mlp, measure_mlp_cuda
 
     _check_files(csv, json)
+    if device not in ("cpu", "cuda"):
+        raise ConfigurationError(f"device is {device!r}; expected cpu or cuda")
     with _progress("MLP") as advance:
-        result = measure_mlp(
+        result = (measure_mlp_cuda if device == "cuda" else measure_mlp)(
             geometry,
             _dtype(dtype),
             plan,
@@ -103,7 +114,11 @@ def mlp(
             progress=lambda done, total: advance(done, total, ""),
         )
     _print_machine(result.machine, result.bandwidth_by_reader, result.warnings)
-    labels = ["torch dense" if row.plan == "dense" else row.plan for row in result.rows]
+    dense = {"torch": "torch dense"}  # on a GPU the method says which
+    labels = [
+        dense.get(row.method, row.method) if row.plan == "dense" else row.plan
+        for row in result.rows
+    ]
     _print_rows(f"{geometry}, {dtype}, {result.layers} MLPs in rotation", labels, result.rows)
     _save(csv, json, "bench mlp", result)
 

@@ -64,35 +64,31 @@ def study(
 ) -> None:
     """Test a claim, figure or table of the paper.
 
-        Each study writes figures (PNG), numbers (JSON) and a verdict (Markdown): claim, measured,
-        holds or fails or holds only if.
+    Each study writes figures (PNG), numbers (JSON) and a verdict (Markdown): claim, measured,
+    holds or fails or holds only if.
 
-        \b
-        Studies
-            gradient        why activations shrink in training: eq. 1-6 against autograd, on real models
-            training        when over-activation appears: tiny ReLU, SwiGLU, GELU, ReLU2 models trained
-            history         eq. 7-10: does importance depend on the history, and a router on its text
-            inertia         figures 1-4: overlap of active sets, what a prompt's set covers
-            heavy-hitters   section 3.2.2 and table 5: removing the tokens that attention dwells on
-            tables          tables 1-5 with the paper's own figures beside what is measured here
-    <<<<<<< HEAD
-            qrida           a router made of the weights, against every other way to rank neurons
-            qrida-bytes     top-k or thresholds, and each method's bytes at perplexity +1 %
-            qrida-guard     CETT on text of another kind, with the guard and without
-            all             all of them, and findings.md
-    =======
-            all             all of them, and all verdicts in findings.md
+    \b
+    Studies
+        gradient        why activations shrink in training: eq. 1-6, and on real models
+        training        when over-activation appears: tiny models of four activations
+        history         eq. 7-10: does importance depend on the history, and a router
+        inertia         figures 1-4: overlap of active sets, what a prompt's set covers
+        heavy-hitters   section 3.2.2, table 5: removing what attention dwells on
+        tables          tables 1-5, the paper's figures beside what is measured here
+        qrida           a router made of the weights, against other ways to rank neurons
+        qrida-bytes     top-k or thresholds; each method's bytes at perplexity +1 %
+        qrida-guard     CETT on text of another kind, with the guard and without
+        all             all of them, and all verdicts in findings.md
 
-        \b
-        Without --data and --text the text is made from the seed: shipped stories, stories that the
-        shipped twins write, and patterns filled at random.
-    >>>>>>> studies
+    \b
+    Without --data and --text the text is made from the seed: shipped stories, stories that the
+    shipped twins write, and patterns filled at random.
 
-        \b
-        Examples
-            moyu study gradient --out results
-            moyu study inertia --model ./Llama-2-7b-hf --text mytexts.txt --out results
-            moyu study all --data ../data --out results --resume
+    \b
+    Examples
+        moyu study gradient --out results
+        moyu study inertia --model ./Llama-2-7b-hf --text mytexts.txt --out results
+        moyu study all --data ../data --out results --resume
     """
     from ..studies import STUDIES, find
     from ..studies.setting import Setting

@@ -1,0 +1,188 @@
+// qRIDA: a shadow of gate and up names the active neurons, then the exact MLP runs on them. With a
+// threshold the estimating kernel lists them itself; for the top k a block per row finds the k-th
+// largest score by its digits.
+#include "compact.cuh"
+#include "given.cuh"
+#include "shadow.cuh"
+
+namespace moyu::cuda {
+namespace {
+
+constexpr int kDigitBits = 11, kBins = 1 << kDigitBits;
+constexpr int kIndexBits = 31, kKeyBits = 31 + kIndexBits;
+
+struct ChooseParams {
+  const float* scores;  // [rows, f]
+  uint64_t* cuts;       // [rows]
+  uint8_t* mask;        // [rows, f] or null
+  int32_t* indices;     // [f]
+  int32_t* count;       // [1]
+  int32_t* counts;      // [rows]
+  int64_t f, k;
+  int rows;
+};
+
+struct ChooseShared {
+  union {
+    int32_t histogram[kBins];
+    CompactShared compact;
+  };
+  int32_t warp_totals[kCompactWarps];
+  uint64_t cuts[kMaxRows];
+  int32_t bin, above, in_bin;
+};
+
+// No two keys are equal: by the score, of equals the lower index is larger. Scores are not
+// negative, so that they order like their bits; a NaN is the largest.
+__device__ __forceinline__ uint64_t key_of(float score, int64_t i) {
+  return uint64_t{__float_as_uint(score) & 0x7fffffffu} << kIndexBits |
+         (0x7fffffffu - static_cast<uint32_t>(i));
+}
+
+// The cut such that exactly k of the f keys are >= it, 1 <= k <= f: digit by digit from the top.
+__device__ __forceinline__ uint64_t find_cut(ChooseShared& s, const float* scores, int64_t f,
+                                             int64_t k) {
+  static_assert(kBins == 2 * kCompactThreads);
+  const int tid = static_cast<int>(threadIdx.x);
+  uint64_t prefix = 0;
+  int wanted = static_cast<int>(k);  // of the keys that begin with prefix
+  for (int end = kKeyBits; end > 0;) {
+    const int shift = max(end - kDigitBits, 0);
+    const unsigned digits = (1u << (end - shift)) - 1;
+    s.histogram[tid] = 0;
+    s.histogram[tid + kCompactThreads] = 0;
+    __syncthreads();
+#pragma unroll 4
+    for (int64_t i = tid; i < f; i += kCompactThreads) {
+      const uint64_t key = key_of(scores[i], i);
+      const unsigned digit = static_cast<unsigned>(key >> shift) & digits;
+      // Digit 0 is what remains; not counting it saves many threads from adding to one place where
+      // many scores are 0.
+      if (key >> end == prefix && digit != 0) atomicAdd(&s.histogram[digit], 1);
+    }
+    __syncthreads();
+    const int high = kBins - 1 - 2 * tid;  // this thread's bins: high and high - 1, from the top
+    const int first = s.histogram[high], second = s.histogram[high - 1];
+    const Scan scan = block_scan(first + second, s.warp_totals);
+    const int before = scan.upto - first - second;
+    if (before < wanted && wanted <= scan.upto) {
+      const bool upper = wanted <= before + first;
+      s.bin = upper ? high : high - 1;
+      s.above = upper ? before : before + first;
+      s.in_bin = upper ? first : second;
+    } else if (tid == 0 && scan.total < wanted) {
+      s.bin = 0;
+      s.above = scan.total;
+      s.in_bin = -1;  // not counted
+    }
+    __syncthreads();
+    prefix = prefix << (end - shift) | static_cast<unsigned>(s.bin);
+    wanted -= s.above;
+    end = shift;
+    // All keys of the bin stay: the digits behind it do not matter.
+    if (s.in_bin == wanted) return prefix << end;
+    __syncthreads();  // the next digit writes the shared words again
+  }
+  return prefix;
+}
+
+// Writes the list of the neurons that some row chose, and every row's mask.
+__device__ __forceinline__ void list_chosen(ChooseShared& s, const ChooseParams& p) {
+  const auto active = [&](int64_t i) {
+    bool any = false;
+    for (int r = 0; r < p.rows; ++r) {
+      const bool mine = key_of(p.scores[r * p.f + i], i) >= s.cuts[r];
+      if (p.mask != nullptr) p.mask[r * p.f + i] = mine ? 1 : 0;
+      any = any || mine;
+    }
+    return any;
+  };
+  const int64_t found = compact(s.compact, p.f, active, p.indices);
+  if (threadIdx.x == 0) *p.count = static_cast<int32_t>(found);
+}
+
+// One block per row; a single row's block also makes the list.
+__global__ void __launch_bounds__(kCompactThreads) choose_kernel(ChooseParams p) {
+  MOYU_SHARED(ChooseShared, s);
+  wait_for_previous_kernel();
+  allow_next_kernel();
+  const uint64_t cut = p.k > 0 ? find_cut(s, p.scores + blockIdx.x * p.f, p.f, p.k) : ~uint64_t{0};
+  if (threadIdx.x == 0) {
+    p.counts[blockIdx.x] = static_cast<int32_t>(p.k);
+    p.cuts[blockIdx.x] = cut;
+    s.cuts[0] = cut;
+  }
+  __syncthreads();
+  if (p.rows == 1) list_chosen(s, p);
+}
+
+// One block, for several rows.
+__global__ void __launch_bounds__(kCompactThreads) unite_kernel(ChooseParams p) {
+  MOYU_SHARED(ChooseShared, s);
+  wait_for_previous_kernel();
+  allow_next_kernel();
+  if (static_cast<int>(threadIdx.x) < p.rows) s.cuts[threadIdx.x] = p.cuts[threadIdx.x];
+  __syncthreads();
+  list_chosen(s, p);
+}
+
+}  // namespace
+
+ShadowScratch shadow_scratch(float* workspace, int64_t rows, int64_t d, int64_t f) {
+  size_t floats = workspace_floats(rows, d, f);
+  const auto take = [&](size_t bytes) {
+    const size_t at = (floats + 3) / 4 * 4;  // on 16 bytes
+    floats = at + (bytes + 3) / 4;
+    return workspace == nullptr ? nullptr : static_cast<void*>(workspace + at);
+  };
+  const int64_t n = std::min(rows, kMaxRows), blocks = shadow_blocks(d);
+  ShadowScratch s{};
+  s.x = static_cast<int8_t*>(take(n * blocks * kShadowBlock));
+  s.step = static_cast<float*>(take(n * blocks * sizeof(float)));
+  s.offset = static_cast<float*>(take(n * blocks * sizeof(float)));
+  s.scores = static_cast<float*>(take(n * f * sizeof(float)));
+  s.cuts = static_cast<uint64_t*>(take(kMaxRows * sizeof(uint64_t)));
+  s.indices = static_cast<int32_t*>(take(f * sizeof(int32_t)));
+  s.count = static_cast<int32_t*>(take(sizeof(int32_t)));
+  s.piece_counts = static_cast<int32_t*>(take(kMaxBlocks * sizeof(int32_t)));
+  s.mask = static_cast<uint8_t*>(take(n * f));
+  s.floats = floats;
+  return s;
+}
+
+size_t shadow_workspace_floats(int64_t rows, int64_t d, int64_t f) {
+  return shadow_scratch(nullptr, rows, d, f).floats;
+}
+
+void shadow_mlp(const Mlp& mlp, const Shadow& shadow, const float* epsilon, int64_t k,
+                int32_t* counts, float* workspace, void* stream) {
+  constexpr const char* op = "shadow_mlp";
+  const int64_t f = mlp.f;
+  for (int64_t first = 0; first < mlp.rows; first += kMaxRows) {
+    const int64_t n = std::min(kMaxRows, mlp.rows - first);
+    const ShadowScratch s = shadow_scratch(workspace, n, mlp.d, f);
+    ActiveSet set{s.indices, s.count, n > 1 ? s.mask : nullptr};
+    if (epsilon != nullptr) {
+      const int64_t blocks = persistent_blocks(op, f);
+      int32_t* const block_counts = block_counts_in(workspace, blocks, n, mlp.d);
+      launch_estimate(
+          op, mlp, first, n, shadow, s,
+          {nullptr, epsilon, s.indices, s.piece_counts, block_counts, n > 1 ? s.mask : nullptr},
+          stream);
+      launch_given(op, mlp, first, n, set, f, {s.piece_counts, static_cast<int>(blocks)},
+                   {block_counts, counts + first}, workspace, stream);
+      continue;
+    }
+    EstimateResult all;
+    all.scores = s.scores;
+    launch_estimate(op, mlp, first, n, shadow, s, all, stream);
+    const ChooseParams choose{s.scores,  s.cuts,  n > 1 ? s.mask : nullptr,
+                              s.indices, s.count, counts + first,
+                              f,         k,       static_cast<int>(n)};
+    launch(op, choose_kernel, n, kCompactThreads, stream, choose);
+    if (n > 1) launch(op, unite_kernel, 1, kCompactThreads, stream, choose);
+    launch_given(op, mlp, first, n, set, f, {}, {}, workspace, stream);
+  }
+}
+
+}  // namespace moyu::cuda

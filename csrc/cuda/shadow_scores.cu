@@ -1,0 +1,323 @@
+// What a low-bit shadow of gate and up says of every neuron's norm: x in int8, dot products by dp4a
+// on the packed codes. With a threshold, compared and compacted by the block that made them.
+#include "shadow.cuh"
+
+namespace moyu::cuda {
+namespace {
+
+// ---- x to int8 ----
+
+template <typename T>
+struct QuantiseParams {
+  const T* x;  // [rows, d]
+  int8_t* out;
+  float* step;
+  float* offset;
+  int64_t d, blocks;
+};
+
+struct QuantiseShared {
+  int32_t of_warps[kWarps];
+};
+
+// Over the block; `combine` is associative. Ends with a barrier.
+template <typename Combine>
+__device__ __forceinline__ int block_reduce(QuantiseShared& s, int v, const Combine& combine) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2)
+    v = combine(v, __shfl_xor_sync(kAllLanes, v, offset));
+  if (threadIdx.x % 32 == 0) s.of_warps[threadIdx.x / 32] = v;
+  __syncthreads();
+  v = s.of_warps[0];
+#pragma unroll
+  for (int w = 1; w < kWarps; ++w) v = combine(v, s.of_warps[w]);
+  __syncthreads();
+  return v;
+}
+
+// One block of threads per row and 256 elements.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) quantise_kernel(QuantiseParams<T> p) {
+  static_assert(kThreads == kShadowBlock);
+  MOYU_SHARED(QuantiseShared, s);
+  wait_for_previous_kernel();
+  allow_next_kernel();
+  const int64_t row = blockIdx.x / p.blocks, block = blockIdx.x % p.blocks;
+  const int64_t c = block * kShadowBlock + threadIdx.x;
+  const float v = c < p.d ? to_float(p.x[row * p.d + c]) : 0.0f;
+  // Magnitudes order like their bits, infinity and NaN above all.
+  const auto magnitude = static_cast<int>(__float_as_uint(v) & 0x7fffffffu);
+  const int largest = block_reduce(s, magnitude, [](int a, int b) { return max(a, b); });
+  const float most = __uint_as_float(static_cast<unsigned>(largest));
+  // A step of NaN makes every estimate NaN, which counts as active.
+  const float step = largest < 0x7f800000 ? most / 127.0f : __uint_as_float(0x7fc00000u);
+  // Where step is subnormal v / step may exceed 127.
+  const float code = step > 0.0f ? fminf(fmaxf(rintf(v / step), -127.0f), 127.0f) : 0.0f;
+  const int sum = block_reduce(s, static_cast<int>(code), [](int a, int b) { return a + b; });
+  p.out[int64_t{blockIdx.x} * kShadowBlock + threadIdx.x] = static_cast<int8_t>(code);
+  if (threadIdx.x == 0) {
+    p.step[blockIdx.x] = step;
+    p.offset[blockIdx.x] = step * static_cast<float>(sum);
+  }
+}
+
+// ---- the estimates ----
+
+struct EstimateParams {
+  const int8_t* x;    // [rows, blocks, kShadowBlock]
+  const float* step;  // [rows, blocks]
+  const float* offset;
+  const uint8_t* records;
+  const float* norms;
+  const void* gate_bias;  // T [f] or null
+  const void* up_bias;
+  EstimateResult result;
+  int64_t blocks, record_bytes, f;
+  int bits_gate, bits_up, rows;
+  DType dtype;
+  Activation activation;
+};
+
+// A quarter's codes of one block as they are packed: fields that dp4a takes without a shift.
+template <int kBits>
+struct Codes {
+  uint4 low;  // 1 bit: bits t; 2 and 3 bits: fields of 2 bits; 4 bits: nibbles of the first half
+  uint4 top;  // 3 bits: bits t; 4 bits: nibbles of the second half
+};
+
+__device__ __forceinline__ uint4 shifted(const uint4& v, int by) {
+  return {v.x >> by, v.y >> by, v.z >> by, v.w >> by};
+}
+
+template <int kBits>
+__device__ __forceinline__ Codes<kBits> load_codes(const uint8_t* block, int quarter, bool wanted) {
+  const auto load = [&](int at) {
+    return load_streaming(reinterpret_cast<const uint4*>(block + at), wanted);
+  };
+  // Single bits: quarters 2 and 3 have the upper nibbles of the bytes of quarters 0 and 1.
+  const int bit_at = 16 * (quarter % 2), bit_shift = 4 * (quarter / 2);
+  if constexpr (kBits == 1) return {shifted(load(bit_at), bit_shift), {}};
+  if constexpr (kBits == 2) return {load(16 * quarter), {}};
+  if constexpr (kBits == 3) return {load(16 * quarter), shifted(load(64 + bit_at), bit_shift)};
+  if constexpr (kBits == 4) return {load(16 * quarter), load(64 + 16 * quarter)};
+}
+
+// Sum over t < kFields of the fields t of kFieldBits bits in each byte, times x[t].
+template <int kFieldBits, int kFields>
+__device__ __forceinline__ int fields_dot(const uint4& codes, const uint4* x) {
+  int total = 0;
+#pragma unroll
+  for (int t = 0; t < kFields; ++t) {
+    const unsigned field = ((1u << kFieldBits) - 1) * 0x01010101u << (kFieldBits * t);
+    int part = dot4(codes.x & field, x[t].x, 0);
+    part = dot4(codes.y & field, x[t].y, part);
+    part = dot4(codes.z & field, x[t].z, part);
+    part = dot4(codes.w & field, x[t].w, part);
+    total += part >> (kFieldBits * t);  // exact: every field was that much too large
+  }
+  return total;
+}
+
+template <int kBits>
+__device__ __forceinline__ int codes_dot(const Codes<kBits>& c, const uint4 (&x)[4]) {
+  if constexpr (kBits == 1) return fields_dot<1, 4>(c.low, x);
+  if constexpr (kBits == 2) return fields_dot<2, 4>(c.low, x);
+  if constexpr (kBits == 3) return fields_dot<2, 4>(c.low, x) + 4 * fields_dot<1, 4>(c.top, x);
+  if constexpr (kBits == 4) return fields_dot<4, 2>(c.low, x) + fields_dot<4, 2>(c.top, x + 2);
+}
+
+// A warp's neurons at a time: a load of 16 bytes or two in flight for each, as registers allow.
+template <int kRows>
+inline constexpr int kNeurons = kRows <= 4 ? 4 : 2;
+
+// sums[k * kRows + r] = this lane's part of neuron k's estimate for row r. codes and scales are
+// those of neuron 0 of n.
+template <int kBits, int kRows>
+__device__ __forceinline__ void shadow_dots(const EstimateParams& p, const uint8_t* codes,
+                                            const uint8_t* scales, int n,
+                                            float (&sums)[kNeurons<kRows> * kRows]) {
+  constexpr float kZero = ((1 << kBits) - 1) * 0.5f;
+  for (int64_t at = threadIdx.x % 32; at < kQuarters * p.blocks; at += 32) {
+    const int64_t block = at / kQuarters;
+    const int quarter = static_cast<int>(at % kQuarters);
+    Codes<kBits> c[kNeurons<kRows>];
+    float scale[kNeurons<kRows>];
+#pragma unroll
+    for (int k = 0; k < kNeurons<kRows>; ++k) {
+      const int64_t record = min(k, n - 1) * p.record_bytes;
+      c[k] = load_codes<kBits>(codes + record + block * (32 * kBits), quarter, k < n);
+      scale[k] = to_float(reinterpret_cast<const __nv_bfloat16*>(scales + record)[block]);
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t in = min(r, p.rows - 1) * p.blocks + block;
+      const auto* const words =
+          reinterpret_cast<const uint4*>(p.x + in * kShadowBlock + 16 * quarter);
+      const uint4 x[4] = {words[0], words[4], words[8], words[12]};
+      const float step = p.step[in], zero = quarter == 0 ? kZero * p.offset[in] : 0.0f;
+#pragma unroll
+      for (int k = 0; k < kNeurons<kRows>; ++k) {
+        if (k >= n) break;
+        sums[k * kRows + r] += scale[k] * (step * static_cast<float>(codes_dot(c[k], x)) - zero);
+      }
+    }
+  }
+}
+
+// The estimates of n neurons for all rows; the value of neuron k and row r is returned to the lane
+// (k * kRows + r) * 32 / (kNeurons * kRows).
+template <int kRows>
+__device__ __forceinline__ float estimate(const EstimateParams& p, int bits, const uint8_t* codes,
+                                          const uint8_t* scales, int n) {
+  float sums[kNeurons<kRows> * kRows] = {};
+  switch (bits) {
+    case 1: shadow_dots<1, kRows>(p, codes, scales, n, sums); break;
+    case 2: shadow_dots<2, kRows>(p, codes, scales, n, sums); break;
+    case 3: shadow_dots<3, kRows>(p, codes, scales, n, sums); break;
+    default: shadow_dots<4, kRows>(p, codes, scales, n, sums); break;
+  }
+  return warp_sum(sums);
+}
+
+__device__ __forceinline__ float any_bias_at(DType dtype, const void* bias, int64_t i) {
+  switch (dtype) {
+    case DType::kFloat32: return bias_at(static_cast<const float*>(bias), i);
+    case DType::kFloat16: return bias_at(static_cast<const __half*>(bias), i);
+    default: return bias_at(static_cast<const __nv_bfloat16*>(bias), i);
+  }
+}
+
+template <int kRows>
+struct EstimateShared {
+  bool active[kTile][kRows];
+};
+
+template <int kRows>
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+    shadow_scores_kernel(EstimateParams p) {
+  MOYU_SHARED(EstimateShared<kRows>, s);
+  constexpr int kValues = kNeurons<kRows> * kRows, kLanes = 32 / kValues;
+  const EstimateResult& out = p.result;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int begin = share_begin(p.f, blockIdx.x), end = share_begin(p.f, blockIdx.x + 1);
+  // Only a hint, so it needs not wait: the records stream into the L2 while x is made int8.
+  const int64_t ahead = min(kTile, end - begin) * p.record_bytes;
+  for (int64_t at = int64_t{threadIdx.x} * 128; at < ahead; at += kThreads * 128)
+    prefetch_l2(p.records + begin * p.record_bytes + at);
+  wait_for_previous_kernel();
+  allow_next_kernel();
+  const int64_t up_at = 32 * p.bits_gate * p.blocks;
+  const int64_t gate_scales_at = up_at + 32 * p.bits_up * p.blocks;
+  const int64_t up_scales_at = gate_scales_at + (p.bits_gate != 0 ? 2 * p.blocks : 0);
+  const float epsilon = out.epsilon == nullptr ? 0.0f : *out.epsilon;
+  const int row_counted = static_cast<int>(threadIdx.x) - 32;  // warp 1 counts, a row a lane
+  int kept = 0, my_count = 0;
+  for (int first = begin; first < end; first += kTile) {
+    const int n = min(kTile, end - first);
+    const int my_end = n * (warp + 1) / kWarps;
+    for (int j0 = n * warp / kWarps; j0 < my_end; j0 += kNeurons<kRows>) {
+      const int m = min(kNeurons<kRows>, my_end - j0);
+      const uint8_t* const record = p.records + (first + j0) * p.record_bytes;
+      float gate = 0.0f;
+      if (p.bits_gate != 0)
+        gate = estimate<kRows>(p, p.bits_gate, record, record + gate_scales_at, m);
+      float up = estimate<kRows>(p, p.bits_up, record + up_at, record + up_scales_at, m);
+      const int k = lane / kLanes / kRows, r = lane / kLanes % kRows, j = j0 + k;
+      if (lane % kLanes != 0 || k >= m) continue;
+      bool active = false;
+      if (r < p.rows) {
+        const int64_t neuron = first + j;
+        up += any_bias_at(p.dtype, p.up_bias, neuron);
+        gate += any_bias_at(p.dtype, p.gate_bias, neuron);
+        const float a =
+            p.bits_gate != 0 ? activate(p.activation, gate) * up : activate(p.activation, up);
+        const float score = fabsf(a) * p.norms[neuron];
+        active = !(score < epsilon);
+        if (out.scores != nullptr) out.scores[r * p.f + neuron] = score;
+      }
+      s.active[j][r] = active;
+    }
+    if (out.epsilon == nullptr) continue;
+    __syncthreads();
+    if (warp == 0) {
+      for (int j0 = 0; j0 < n; j0 += 32) {
+        const int j = j0 + lane;
+        const bool any = j < n && any_row<kRows>(s.active[j]);
+        const unsigned bits = __ballot_sync(kAllLanes, any);
+        if (any) out.indices[begin + kept + __popc(bits & ((1u << lane) - 1))] = first + j;
+        kept += __popc(bits);
+      }
+    } else if (row_counted < p.rows) {
+      for (int j = 0; j < n; ++j) my_count += s.active[j][row_counted] ? 1 : 0;
+    }
+    if (out.mask != nullptr)
+      for (int slot = threadIdx.x; slot < n * p.rows; slot += kThreads)
+        out.mask[slot / n * p.f + first + slot % n] = s.active[slot % n][slot / n] ? 1 : 0;
+    __syncthreads();  // the next tile writes s.active again
+  }
+  if (out.epsilon == nullptr) return;
+  if (threadIdx.x == 0) out.piece_counts[blockIdx.x] = kept;
+  if (row_counted >= 0 && row_counted < p.rows)
+    out.block_counts[blockIdx.x * kMaxRows + row_counted] = my_count;
+}
+
+template <typename T>
+void launch_quantise(const char* op, const Mlp& mlp, int64_t first, int64_t rows,
+                     const ShadowScratch& scratch, void* stream) {
+  const int64_t blocks = shadow_blocks(mlp.d);
+  launch(op, quantise_kernel<T>, rows * blocks, kThreads, stream,
+         QuantiseParams<T>{static_cast<const T*>(mlp.x) + first * mlp.d, scratch.x, scratch.step,
+                           scratch.offset, mlp.d, blocks});
+}
+
+}  // namespace
+
+void launch_estimate(const char* op, const Mlp& mlp, int64_t first, int64_t rows,
+                     const Shadow& shadow, const ShadowScratch& scratch,
+                     const EstimateResult& result, void* stream) {
+  switch (mlp.dtype) {
+    case DType::kFloat32: launch_quantise<float>(op, mlp, first, rows, scratch, stream); break;
+    case DType::kFloat16: launch_quantise<__half>(op, mlp, first, rows, scratch, stream); break;
+    default: launch_quantise<__nv_bfloat16>(op, mlp, first, rows, scratch, stream); break;
+  }
+  const EstimateParams params{scratch.x,
+                              scratch.step,
+                              scratch.offset,
+                              shadow.records,
+                              shadow.norms,
+                              mlp.gate_bias,
+                              mlp.up_bias,
+                              result,
+                              shadow_blocks(mlp.d),
+                              shadow_record_bytes(mlp.d, shadow.bits_gate, shadow.bits_up),
+                              mlp.f,
+                              shadow.bits_gate,
+                              shadow.bits_up,
+                              static_cast<int>(rows),
+                              mlp.dtype,
+                              mlp.activation};
+  const int64_t blocks = persistent_blocks(op, mlp.f);
+  const auto go = [&](auto kernel) { launch(op, kernel, blocks, kThreads, stream, params); };
+  if (rows == 1) {
+    go(shadow_scores_kernel<1>);
+  } else if (rows == 2) {
+    go(shadow_scores_kernel<2>);
+  } else if (rows <= 4) {
+    go(shadow_scores_kernel<4>);
+  } else {
+    go(shadow_scores_kernel<8>);
+  }
+}
+
+void shadow_scores(const Mlp& mlp, const Shadow& shadow, float* scores, float* workspace,
+                   void* stream) {
+  for (int64_t first = 0; first < mlp.rows; first += kMaxRows) {
+    const int64_t n = std::min(kMaxRows, mlp.rows - first);
+    EstimateResult result;
+    result.scores = scores + first * mlp.f;
+    launch_estimate("shadow_scores", mlp, first, n, shadow,
+                    shadow_scratch(workspace, n, mlp.d, mlp.f), result, stream);
+  }
+}
+
+}  // namespace moyu::cuda
