@@ -101,9 +101,13 @@ class MlpWeights:
 
     def column_norms(self) -> Tensor:
         """c_i = ||W_down[:, i]||_2, float32 [f]."""
-        # In blocks, since the conversion to float32 makes a copy.
-        blocks = self.down_t.detach().split(1024)
-        return torch.cat([torch.linalg.vector_norm(b, dim=1, dtype=torch.float32) for b in blocks])
+        # In blocks, since the conversion to float32 makes a copy: of 64 MB, which malloc gives back
+        # to the system at once, where smaller ones would leave holes in its heap.
+        norms = torch.empty(self.f, dtype=torch.float32, device=self.down_t.device)
+        rows = max(1, (1 << 24) // self.d)
+        for block, part in zip(self.down_t.detach().split(rows), norms.split(rows), strict=True):
+            part.copy_(torch.linalg.vector_norm(block, dim=1, dtype=torch.float32))
+        return norms
 
 
 class MlpSite:
