@@ -408,8 +408,9 @@ def test_demo(tmp_path: Path) -> None:
     content = json.loads(file.read_text())
     (model,) = content["models"]
     rows = {row["name"]: row for row in model["rows"]}
-    assert list(rows)[:6] == [
-        "Dense", "TDA, product", "TDA, gate", "STDA", "SRIDA, contribution", "SRIDA, griffin",
+    assert list(rows) == [
+        "Dense", "QRIDA", "TDA, product", "TDA, gate", "STDA", "SRIDA, contribution",
+        "SRIDA, griffin",
     ]  # fmt: skip
     dense = rows["Dense"]
     assert dense["density"] == 1 and dense["agreement"] == 1

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _MODELS = {"stories_silu": "SwiGLU", "stories_relu": "ReLU"}
 _GEOMETRY = "llama-2-7b"
 _PLANS = {
+    "shadow-2": "from a 2-bit copy (QRIDA)",
     "given": "before the MLP (STDA, SRIDA)",
     "gate": "after the gate (TDA, gate)",
     "product": "after gate and up (TDA, product)",

@@ -85,21 +85,21 @@ class Case:
 
 
 def cases() -> list[Case]:
-    """Dense and the paper's methods, then every other registered one that needs no preparation."""
+    """Dense, the methods that need no preparation, then the paper's others."""
     cett, density = f"CETT {CETT}", f"density {DENSITY}"
     return [
         Case("Dense", "-", lambda _: Dense()),
-        Case("TDA, product", cett, lambda t: TDA(t["tda, product"])),
-        Case("TDA, gate", cett, lambda t: TDA(t["tda, gate"], score="gate")),
-        Case("STDA", cett, lambda t: STDA(t["stda"])),
-        Case("SRIDA, contribution", density, lambda _: SRIDA(DENSITY)),
-        Case("SRIDA, griffin", density, lambda _: SRIDA(DENSITY, score="griffin")),
         *(
             case
             for name, kind in METHODS.items()
             if name not in ("dense", "tda", "stda", "srida")
             for case in _without_preparation(name, kind)
         ),
+        Case("TDA, product", cett, lambda t: TDA(t["tda, product"])),
+        Case("TDA, gate", cett, lambda t: TDA(t["tda, gate"], score="gate")),
+        Case("STDA", cett, lambda t: STDA(t["stda"])),
+        Case("SRIDA, contribution", density, lambda _: SRIDA(DENSITY)),
+        Case("SRIDA, griffin", density, lambda _: SRIDA(DENSITY, score="griffin")),
     ]
 
 
