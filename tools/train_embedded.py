@@ -299,6 +299,9 @@ def export(
         model_max_length=CONTEXT,
         clean_up_tokenization_spaces=False,
     ).save_pretrained(out)
+    file = out / "tokenizer.json"  # on one line, which is less than half the size
+    content = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(content, ensure_ascii=False, separators=(",", ":")) + "\n", "utf-8")
     info = {
         "step": state["step"],
         "tokens": state["step"] * state["settings"]["rows"] * CONTEXT,

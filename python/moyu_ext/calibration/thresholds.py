@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from .._files import write_atomically
 from ..errors import ArtifactError, ConfigurationError, UnsupportedModelError
 
 FORMAT_VERSION = 1
@@ -117,8 +117,8 @@ class Thresholds:
         config["tensors_sha256"] = hashlib.sha256(tensors).hexdigest()
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        _write_atomically(folder / TENSOR_FILE, tensors)
-        _write_atomically(folder / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
+        write_atomically(folder / TENSOR_FILE, tensors)
+        write_atomically(folder / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str]) -> Thresholds:
@@ -181,18 +181,6 @@ def _sample(tensor: Tensor) -> bytes:
     # Logical positions, never memory order: a patched W_down has other strides.
     values = tensor[torch.unravel_index(flat, tensor.shape)] if tensor.dim() else tensor
     return values.to(torch.bfloat16).cpu().contiguous().view(torch.uint8).numpy().tobytes()
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)  # mkstemp makes it private
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _read_bytes(path: Path) -> bytes:

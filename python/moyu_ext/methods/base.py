@@ -41,6 +41,23 @@ class TokenRule(ABC):
         """
 
 
+class PredictedRule(TokenRule):
+    """A rule that names each token's neurons from the MLP's input alone, before the MLP."""
+
+    @abstractmethod
+    def choose(self, x: Tensor) -> Tensor:
+        """x [rows, d] -> active, bool [rows, f]."""
+
+    def apply(self, x: Tensor, weights: MlpWeights) -> tuple[Tensor, Tensor]:
+        """See `TokenRule`."""
+        active = self.choose(x)
+        return given(x, weights, *compact(active)), active.sum(-1, dtype=torch.int32)
+
+    def active(self, x: Tensor, gate: Tensor, product: Tensor) -> Tensor:
+        """See `TokenRule`."""
+        return self.choose(x)
+
+
 class SequenceRule(ABC):
     """The rule of one layer that fixes one set per sequence from a running sum over its prompt."""
 
@@ -98,6 +115,19 @@ class Method(ABC):
     def validate(self, layers: int, fingerprint: Callable[[], str]) -> None:  # noqa: B027
         """Raise ConfigurationError (ArtifactError for another model's thresholds) if the method
         does not fit a model with this many MLPs and this fingerprint of its weights."""
+
+
+def given(
+    x: Tensor,
+    weights: MlpWeights,
+    indices: Tensor | None = None,
+    count: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """The MLP of x [rows, d] over a set as `compact` gives it, or over all neurons: [rows, d]."""
+    w = weights
+    biases = (w.gate_bias, w.up_bias, w.down_bias)
+    return ops.sparse_mlp(x, w.gate, w.up, w.down_t, *biases, indices, count, mask, w.activation)
 
 
 def compact(active: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..patching.families import MlpWeights
-from .base import Method, TokenRule
+from .base import Method, TokenRule, given
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,21 +30,8 @@ class Dense(Method):
 
 class _AllNeurons(TokenRule):
     def apply(self, x: Tensor, weights: MlpWeights) -> tuple[Tensor, Tensor]:
-        w = weights
-        out = ops.sparse_mlp(
-            x,
-            w.gate,
-            w.up,
-            w.down_t,
-            w.gate_bias,
-            w.up_bias,
-            w.down_bias,
-            None,
-            None,
-            None,
-            w.activation,
-        )
-        return out, torch.full((x.shape[0],), w.f, dtype=torch.int32, device=x.device)
+        counts = torch.full((x.shape[0],), weights.f, dtype=torch.int32, device=x.device)
+        return given(x, weights), counts
 
     def active(self, x: Tensor, gate: Tensor, product: Tensor) -> Tensor:
         return torch.ones_like(product, dtype=torch.bool)

@@ -10,11 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import ops
 from ..errors import ArtifactError, ConfigurationError
 from ..patching.families import MlpWeights
 from ..routers.experts import LayerExperts
-from .base import Method, TokenRule, check_density, compact
+from .base import Method, PredictedRule, TokenRule, check_density
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -78,13 +77,14 @@ class RIDA(Method):
         return _Routed(self.experts.layers[index], self.density, weights)
 
 
-class _Routed(TokenRule):
+class _Routed(PredictedRule):
     def __init__(self, layer: LayerExperts, density: float, weights: MlpWeights) -> None:
         device, dtype = weights.up.device, weights.up.dtype
         self.first = layer.first.to(device, dtype)
         self.second = layer.second.to(device, dtype)
         self.bias = layer.bias.to(device, dtype)
         self.assignment = layer.assignment.to(device, torch.long)
+        self.added_bytes = self.first.nbytes + self.second.nbytes + self.bias.nbytes
         self.count = max(1, round(density * layer.experts))
 
     def choose(self, x: Tensor) -> Tensor:
@@ -94,25 +94,3 @@ class _Routed(TokenRule):
         chosen = torch.zeros_like(scores, dtype=torch.bool)
         chosen = chosen.scatter(-1, order[:, : self.count], True)
         return chosen[:, self.assignment]
-
-    def apply(self, x: Tensor, weights: MlpWeights) -> tuple[Tensor, Tensor]:
-        w = weights
-        active = self.choose(x)
-        indices, count, mask = compact(active)
-        out = ops.sparse_mlp(
-            x,
-            w.gate,
-            w.up,
-            w.down_t,
-            w.gate_bias,
-            w.up_bias,
-            w.down_bias,
-            indices,
-            count,
-            mask,
-            w.activation,
-        )
-        return out, active.sum(-1, dtype=torch.int32)
-
-    def active(self, x: Tensor, gate: Tensor, product: Tensor) -> Tensor:
-        return self.choose(x)

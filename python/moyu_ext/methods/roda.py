@@ -10,11 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import ops
 from ..errors import ArtifactError, ConfigurationError
 from ..patching.families import MlpWeights
 from ..routers.router import LayerRouter
-from .base import Method, TokenRule, check_density, compact
+from .base import Method, PredictedRule, TokenRule, check_density
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -68,7 +67,7 @@ class RODA(Method):
         return _Predicted(self.router.layers[index], self.density, weights)
 
 
-class _Predicted(TokenRule):
+class _Predicted(PredictedRule):
     def __init__(self, layer: LayerRouter, density: float | None, weights: MlpWeights) -> None:
         device, dtype = weights.up.device, weights.up.dtype
         self.first = layer.first.to(device, dtype)
@@ -78,32 +77,10 @@ class _Predicted(TokenRule):
         threshold = layer.threshold if density is None else layer.threshold_for(density)
         self.threshold = torch.tensor([threshold], dtype=torch.float32, device=device)
 
-    def predict(self, x: Tensor) -> Tensor:
+    def choose(self, x: Tensor) -> Tensor:
         """x [rows, d] -> bool [rows, f]; a NaN counts as active and so reaches the output."""
         scores = F.linear(F.linear(x, self.first), self.second).float() + self.bias
         return torch.logical_not(scores < self.threshold)
-
-    def apply(self, x: Tensor, weights: MlpWeights) -> tuple[Tensor, Tensor]:
-        w = weights
-        active = self.predict(x)
-        indices, count, mask = compact(active)
-        out = ops.sparse_mlp(
-            x,
-            w.gate,
-            w.up,
-            w.down_t,
-            w.gate_bias,
-            w.up_bias,
-            w.down_bias,
-            indices,
-            count,
-            mask,
-            w.activation,
-        )
-        return out, active.sum(-1, dtype=torch.int32)
-
-    def active(self, x: Tensor, gate: Tensor, product: Tensor) -> Tensor:
-        return self.predict(x)
 
 
 def check_router(router: Any) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..errors import PatchStateError
-from ..methods.base import AdaptiveRule, Method, SequenceRule, TokenRule, compact
+from ..methods.base import AdaptiveRule, Method, SequenceRule, TokenRule, compact, given
 from ..reference import ACTIVATIONS
 from .families import MlpSite, MlpWeights
 from .passes import Context, Pass
@@ -213,21 +213,8 @@ class SparseMLP(StandIn):
     def _sparse(
         self, x: Tensor, weights: MlpWeights, indices: Tensor, count: Tensor, mask: Tensor | None
     ) -> Tensor:
-        w = weights
         rows = x.numel() // self.d
-        out = ops.sparse_mlp(
-            x.reshape(rows, self.d),
-            w.gate,
-            w.up,
-            w.down_t,
-            w.gate_bias,
-            w.up_bias,
-            w.down_bias,
-            indices,
-            count,
-            mask,
-            w.activation,
-        )
+        out = given(x.reshape(rows, self.d), weights, indices, count, mask)
         self.tokens.add_(rows)
         return self._finish(out, x)
 

@@ -9,15 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .._files import write_atomically
 from ..calibration.cett import LayerTokens
 from ..calibration.forward import answer_mlps
 from ..calibration.text import encode_texts, longest_window, make_batch, read_texts, write_own
@@ -157,18 +158,8 @@ class Shadows:
         }
         header = json.dumps({"__metadata__": {"moyu": json.dumps(about)}, **tensors}).encode()
         header += b" " * (-(8 + len(header)) % _PAGE)
-        handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{FILE}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(len(header).to_bytes(8, "little"))
-                file.write(header)
-                for shadow in self.layers:
-                    file.write(_bytes(shadow))
-            os.chmod(temporary, 0o644)  # mkstemp makes it private
-            os.replace(temporary, folder / FILE)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        start = [len(header).to_bytes(8, "little"), header]
+        write_atomically(folder / FILE, chain(start, map(_bytes, self.layers)))
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str], *, verify: bool = True) -> Shadows:
