@@ -19,7 +19,7 @@ from test_ops import DTYPES, SIZES, assert_as_good_as_torch, make, pick, plain_m
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moyu_ext import SRIDA, STDA, TDA, Dense, ops, patch, reference, report
+from moyu_ext import QRIDA, SRIDA, STDA, TDA, Dense, ops, patch, reference, report
 
 HAS_KERNELS = torch._C._dispatch_has_kernel_for_dispatch_key("moyu_ext::sparse_mlp", "CUDA")
 pytestmark = [
@@ -384,6 +384,9 @@ METHODS: dict[str, Callable[[], Method]] = {
     "tda-gate": lambda: TDA(0.05, score="gate"),
     "stda": lambda: STDA(0.3),
     "srida": lambda: SRIDA(0.5),
+    "qrida": lambda: QRIDA(density=0.4),
+    "qrida-threshold": lambda: QRIDA(thresholds=0.05),
+    "qrida-mixed": lambda: QRIDA(density=0.5, bits=(2, 1)),
 }
 
 

@@ -1,8 +1,7 @@
-"""The shadow's operators, and qRIDA on whole models, on a GPU; skipped where there is none."""
+"""The shadow's operators on a GPU; skipped where there is none."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from test_cuda import Make, Prompt, capture, check_mlp, on_gpu, pytestmark, toke
 from test_ops import DTYPES, SIZES, make
 from torch import Tensor
 
-from moyu_ext import QRIDA, ops, patch, report
+from moyu_ext import ops
 
 WEIGHTS = ("gate", "up", "down_t", "gate_bias", "up_bias", "down_bias")
 
@@ -157,34 +156,3 @@ def test_opcheck_and_bad_arguments() -> None:
     with pytest.raises(RuntimeError, match="multiple of 16 bytes"):
         run(shadow=moved.view_as(shadow).copy_(shadow))
     torch.cuda.synchronize()
-
-
-# ---- whole models ----
-
-METHODS: dict[str, Callable[[], QRIDA]] = {
-    "top": lambda: QRIDA(density=0.4),
-    "threshold": lambda: QRIDA(thresholds=0.05),
-    "mixed": lambda: QRIDA(density=0.5, bits=(2, 1)),
-}
-
-
-@pytest.mark.parametrize("family", ["llama", "opt"])
-@pytest.mark.parametrize("name", METHODS)
-def test_generate_as_on_the_cpu(tiny: Make, prompt: Prompt, family: str, name: str) -> None:
-    on_cpu = patch(tiny(family), METHODS[name]())
-    model = patch(tiny(family).cuda(), METHODS[name]())
-    for seed in range(2):
-        ids = prompt(13, 2, seed)
-        assert torch.equal(tokens(model, ids), tokens(on_cpu, ids))
-    assert report(model).density == pytest.approx(report(on_cpu).density, abs=0.01)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", METHODS)
-def test_generate_with_a_static_cache(tiny: Make, prompt: Prompt, name: str) -> None:
-    eager = patch(tiny("llama").cuda(), METHODS[name]())
-    model = patch(tiny("llama").cuda(), METHODS[name]())
-    for seed, length in enumerate((13, 21, 13)):
-        ids = prompt(length, 1, seed)
-        assert torch.equal(tokens(model, ids, cache_implementation="static"), tokens(eager, ids))
-    assert report(model).density == pytest.approx(report(eager).density, abs=0.01)

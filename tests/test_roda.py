@@ -8,6 +8,7 @@ import torch
 from moyu_ext.evaluation.perplexity import generation_perplexity
 from moyu_ext.methods.base import Method, compact
 from moyu_ext.methods.roda import RODA
+from moyu_ext.patching.cache import cache_of, passing
 from moyu_ext.patching.families import find_mlps
 from moyu_ext.reference import sparse_mlp
 from moyu_ext.routers import train
@@ -208,7 +209,7 @@ def test_scoring_and_generation_agree(trained, prompt) -> None:
         output = model(ids[:, :10], use_cache=True)
         logits = [output.logits[:, -1]]
         for t in range(10, 39):
-            output = model(ids[:, t : t + 1], past_key_values=output.past_key_values)
+            output = model(ids[:, t : t + 1], **passing(model, cache_of(output)))
             logits.append(output.logits[:, -1])
     unpatch(model)
     loss = torch.nn.functional.cross_entropy(torch.cat(logits), ids[0, 10:])
@@ -300,7 +301,7 @@ def test_broken_artefacts_are_named(trained, tmp_path: Path) -> None:
         ({"kind": "thresholds"}, "describes thresholds, expected router"),
         ({"format_version": 99}, "has format version 99, this moyu_ext reads 1"),
         ({"tensors_sha256": "0"}, "truncated, corrupt or from another save"),
-        ({"layers": [{"threshold": 1.0}]}, "does not describe a router"),
+        ({"layers": [{"threshold": 1.0}]}, "does not describe its router"),
     ):
         (tmp_path / "moyu_config.json").write_text(json.dumps(config | change))
         with pytest.raises(ArtifactError, match=message):

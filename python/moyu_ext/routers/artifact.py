@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from .._files import write_atomically
-from ..errors import ArtifactError
+from ..errors import ArtifactError, ConfigurationError
 
 CONFIG_FILE = "moyu_config.json"
 TENSOR_FILE = "moyu.safetensors"
+T = TypeVar("T")
 
 
 def save(
@@ -59,6 +61,50 @@ def load(
         raise ArtifactError(
             f"{folder / TENSOR_FILE} holds no tensors ({error}); {again}"
         ) from error
+
+
+def save_layers(
+    directory: str | os.PathLike[str], kind: str, record: Any, tensors: Sequence[str]
+) -> None:
+    """`save` a dataclass whose `layers` are dataclasses; tensors: their fields that are tensors."""
+    config = _fields(record, skip=("layers",))
+    config["layers"] = [_fields(layer, skip=tensors) for layer in record.layers]
+    found = {
+        f"{index}.{name}": getattr(layer, name)
+        for index, layer in enumerate(record.layers)
+        for name in tensors
+    }
+    save(directory, kind, config, found)
+
+
+def load_layers(
+    directory: str | os.PathLike[str],
+    kind: str,
+    make: Callable[..., T],
+    make_layer: Callable[..., Any],
+    tensors: Sequence[str],
+    version: int,
+    again: str,
+) -> T:
+    """What `save_layers` wrote, made anew. Raises ArtifactError, see `load`."""
+    config, found = load(directory, kind, version, again)
+    for extra in ("kind", "tensors_sha256"):
+        config.pop(extra)
+    try:
+        layers = tuple(
+            make_layer(**numbers, **{name: found[f"{index}.{name}"] for name in tensors})
+            for index, numbers in enumerate(config.pop("layers"))
+        )
+        return make(layers=layers, **config)
+    except (TypeError, KeyError, ConfigurationError) as error:
+        raise ArtifactError(
+            f"{directory} does not describe its {kind} ({error}); {again}"
+        ) from error
+
+
+def _fields(record: Any, skip: Sequence[str]) -> dict[str, Any]:
+    names = (field.name for field in dataclasses.fields(record))
+    return {name: getattr(record, name) for name in names if name not in skip}
 
 
 def _config(folder: Path, kind: str, version: int, again: str) -> dict[str, Any]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import ArtifactError, ConfigurationError
+from ..errors import ConfigurationError
 from . import artifact
 
 FORMAT_VERSION = 1
@@ -69,21 +67,7 @@ class Experts:
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write `moyu_config.json` and `moyu.safetensors`, each atomically."""
-        config: dict[str, Any] = {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if field.name != "layers"
-        }
-        numbers = [f.name for f in dataclasses.fields(LayerExperts) if f.name not in _TENSORS]
-        config["layers"] = [
-            {name: getattr(layer, name) for name in numbers} for layer in self.layers
-        ]
-        tensors = {
-            f"{index}.{name}": getattr(layer, name)
-            for index, layer in enumerate(self.layers)
-            for name in _TENSORS
-        }
-        artifact.save(directory, "experts", config, tensors)
+        artifact.save_layers(directory, "experts", self, _TENSORS)
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str]) -> Experts:
@@ -92,16 +76,6 @@ class Experts:
         Raises ArtifactError where a file is missing, truncated, corrupt, from another save, or of
         a format that this version does not read.
         """
-        config, tensors = artifact.load(directory, "experts", FORMAT_VERSION, _AGAIN)
-        for extra in ("kind", "tensors_sha256"):
-            config.pop(extra)
-        try:
-            layers = []
-            for index, numbers in enumerate(config.pop("layers")):
-                fields = numbers | {name: tensors[f"{index}.{name}"] for name in _TENSORS}
-                layers.append(LayerExperts(**fields))
-            return cls(layers=tuple(layers), **config)
-        except (TypeError, KeyError, ConfigurationError) as error:
-            raise ArtifactError(
-                f"{directory} does not describe experts ({error}); {_AGAIN}"
-            ) from error
+        return artifact.load_layers(
+            directory, "experts", cls, LayerExperts, _TENSORS, FORMAT_VERSION, _AGAIN
+        )

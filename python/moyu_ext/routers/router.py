@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
-from ..errors import ArtifactError, ConfigurationError
+from ..errors import ConfigurationError
 from . import artifact
 
 FORMAT_VERSION = 1
@@ -89,25 +87,7 @@ class Router:
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write `moyu_config.json` and `moyu.safetensors`, each atomically."""
-        config = {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if field.name != "layers"
-        }
-        config["layers"] = [
-            {
-                field.name: getattr(layer, field.name)
-                for field in dataclasses.fields(layer)
-                if field.name not in _TENSORS
-            }
-            for layer in self.layers
-        ]
-        tensors = {
-            f"{index}.{name}": getattr(layer, name)
-            for index, layer in enumerate(self.layers)
-            for name in _TENSORS
-        }
-        artifact.save(directory, "router", config, tensors)
+        artifact.save_layers(directory, "router", self, _TENSORS)
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str]) -> Router:
@@ -116,21 +96,6 @@ class Router:
         Raises ArtifactError where a file is missing, truncated, corrupt, from another save, or of
         a format that this version does not read.
         """
-        config, tensors = artifact.load(directory, "router", FORMAT_VERSION, _AGAIN)
-        for extra in ("kind", "tensors_sha256"):
-            config.pop(extra)
-        try:
-            layers = tuple(
-                _layer(numbers, {name: tensors[f"{index}.{name}"] for name in _TENSORS})
-                for index, numbers in enumerate(config.pop("layers"))
-            )
-            return cls(layers=layers, **config)
-        except (TypeError, KeyError, ConfigurationError) as error:
-            raise ArtifactError(
-                f"{directory} does not describe a router ({error}); {_AGAIN}"
-            ) from error
-
-
-def _layer(numbers: dict[str, float], tensors: dict[str, Tensor]) -> LayerRouter:
-    everything: dict[str, Any] = {**numbers, **tensors}
-    return LayerRouter(**everything)
+        return artifact.load_layers(
+            directory, "router", cls, LayerRouter, _TENSORS, FORMAT_VERSION, _AGAIN
+        )
