@@ -27,6 +27,7 @@ from moyu_ext.benchmarking.cases import mlp_neurons
 from moyu_ext.benchmarking.probes import shadow_of
 from moyu_ext.benchmarking.random_model import random_model, weight_bytes
 from moyu_ext.benchmarking.rows import BenchmarkError, Row, make_row, quantile
+from moyu_ext.patching.cache import cache_of, passing
 from moyu_ext.patching.families import find_mlps
 from moyu_ext.patching.sparse_mlp import SparseMLP
 from torch import Tensor, nn
@@ -189,7 +190,8 @@ def profile(args: argparse.Namespace, model: PreTrainedModel) -> None:
                 torch.cuda.synchronize()
                 torch.cuda.profiler.start()
             torch.cuda.nvtx.range_push(f"token {step}")
-            out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+            past = passing(model, cache_of(out))
+            out = model(input_ids=token, use_cache=True, **past)
             token = out.logits[:, -1:].argmax(-1)
             torch.cuda.nvtx.range_pop()
         torch.cuda.synchronize()

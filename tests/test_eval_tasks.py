@@ -17,6 +17,7 @@ from moyu_ext.evaluation.tasks import (
     true_mass,
 )
 from moyu_ext.methods import QRIDA, SRIDA, TDA
+from moyu_ext.patching.cache import cache_of, passing
 
 from moyu_ext import patch, unpatch
 
@@ -26,9 +27,9 @@ def decoded(model, context: list[int], continuation: list[int]) -> tuple[float, 
     ids, total, greedy = [*context, *continuation], 0.0, True
     with torch.no_grad():
         start = len(context) - 1
-        cache = model(torch.tensor([ids[:start]]), use_cache=True).past_key_values
+        cache = cache_of(model(torch.tensor([ids[:start]]), use_cache=True))
         for place in range(start, len(ids) - 1):
-            out = model(torch.tensor([ids[place : place + 1]]), past_key_values=cache)
+            out = model(torch.tensor([ids[place : place + 1]]), **passing(model, cache))
             scores = out.logits[0, -1].double().log_softmax(-1)
             total += scores[ids[place + 1]].item()
             greedy &= int(scores.argmax()) == ids[place + 1]

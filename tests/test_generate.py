@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import FAMILIES
 from moyu_ext.methods import SRIDA, STDA, TDA, Dense, Method
+from moyu_ext.patching.cache import NAMES, cache_of, passing
 from moyu_ext.patching.patch import patch, report, unpatch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -178,7 +179,7 @@ def test_prompt_lookup(name: str, tiny: Make, prompt: Prompt) -> None:
     forwards: list[tuple[int, int]] = []
 
     def record(module: Any, args: Any, kwargs: Any) -> None:
-        past = kwargs["past_key_values"].get_seq_length()
+        past = next(kwargs[n] for n in NAMES if n in kwargs).get_seq_length()
         forwards.append((kwargs["input_ids"].shape[1], past))
 
     patch(model, c.method)
@@ -234,7 +235,7 @@ def test_second_turn(name: str, new_turn: int, tiny: Make, prompt: Prompt) -> No
     patch(model, c.method)
     first = run(model, prompt(12))
     ids = torch.cat([first.sequences, prompt(new_turn, seed=5)], 1)
-    second = run(model, ids, past_key_values=first.past_key_values)
+    second = run(model, ids, **passing(model, cache_of(first)))
     length = second.sequences.shape[1]
     start = first.sequences.shape[1] - 1  # the last token of the first turn was not run yet
     governed, learned = oracle.roles(c.rule, length, 12)
@@ -251,7 +252,7 @@ def test_second_turn(name: str, new_turn: int, tiny: Make, prompt: Prompt) -> No
 
 @torch.no_grad()
 def decode(model: PreTrainedModel, ids: Tensor, cache: DynamicCache) -> Tensor:
-    return model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1]
+    return model(input_ids=ids, **passing(model, cache), use_cache=True).logits[:, -1]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -285,7 +286,7 @@ def test_several_tokens_of_several_sequences(
     patch(model, c.method)
     ids, cache = prompt(16, batch=2), DynamicCache()
     pieces = [ids[:, :12], ids[:, 12:13], ids[:, 13:]]
-    got = torch.cat([model(piece, past_key_values=cache).logits for piece in pieces], 1)
+    got = torch.cat([model(piece, **passing(model, cache)).logits for piece in pieces], 1)
     for row in (0, 1):
         want = oracle.logits(dense, ids[row], c.rule, *oracle.roles(c.rule, 16, 12))
         torch.testing.assert_close(got[row], want, rtol=TOLERANCE, atol=TOLERANCE)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from moyu_ext.guard import LayerGuard
+from moyu_ext.patching.cache import cache_of, passing
 from moyu_ext.patching.families import MlpWeights, find_mlps
 from torch import Tensor
 
@@ -168,7 +169,7 @@ def test_guard_of_the_first_layer_sees_the_models_tokens(tiny: Make, prompt: Mak
         moyu_ext.patch(model, method)
         out = model(input_ids=ids[:, :10], use_cache=True)
         for t in range(10, 30):
-            out = model(input_ids=ids[:, t : t + 1], past_key_values=out.past_key_values)
+            out = model(input_ids=ids[:, t : t + 1], **passing(model, cache_of(out)))
     measured = moyu_ext.report(model).layers[0].guard
     assert measured is not None and measured.tokens == 20
     assert measured.cett == pytest.approx(want, rel=1e-3)
@@ -194,9 +195,9 @@ def test_holds_cett_on_text_of_another_kind(data_dir: Path) -> None:
         moyu_ext.patch(model, QRIDA(thresholds, guard=mode, guard_every=4))
         with torch.no_grad():
             for number, row in enumerate(ids.view(5, 256)):
-                cache = model(input_ids=row[None, :16], use_cache=True).past_key_values
+                cache = cache_of(model(input_ids=row[None, :16], use_cache=True))
                 for t in range(16, 256):
-                    model(input_ids=row[None, t : t + 1], past_key_values=cache)
+                    model(input_ids=row[None, t : t + 1], **passing(model, cache))
                 if number == 1:  # epsilon has settled
                     moyu_ext.report(model, reset=True)
         layers = moyu_ext.report(model).layers

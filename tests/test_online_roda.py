@@ -8,6 +8,7 @@ from moyu_ext.evaluation.router_recall import router_recall
 from moyu_ext.methods import METHODS
 from moyu_ext.methods.online_roda import PRIOR, OnlineRODA
 from moyu_ext.methods.roda import RODA
+from moyu_ext.patching.cache import cache_of, passing
 from moyu_ext.patching.families import find_mlps
 from moyu_ext.routers.router import Router
 from moyu_ext.routers.train import train_router
@@ -32,7 +33,7 @@ def decode(model, ids: torch.Tensor, context: int) -> torch.Tensor:
         out = model(ids[:, :context], use_cache=True)
         logits = [out.logits[:, -1]]
         for t in range(context, ids.shape[1] - 1):
-            out = model(ids[:, t : t + 1], past_key_values=out.past_key_values)
+            out = model(ids[:, t : t + 1], **passing(model, cache_of(out)))
             logits.append(out.logits[:, -1])
     return torch.stack(logits, 1)
 
@@ -175,8 +176,8 @@ def test_two_sequences_do_not_mix(trained, prompt) -> None:
         b = model(second, use_cache=True)
         logits = [a.logits[:, -1]]
         for t in range(11):
-            a = model(first[:, t : t + 1], past_key_values=a.past_key_values)
-            b = model(second[:, t : t + 1], past_key_values=b.past_key_values)
+            a = model(first[:, t : t + 1], **passing(model, cache_of(a)))
+            b = model(second[:, t : t + 1], **passing(model, cache_of(b)))
             logits.append(a.logits[:, -1])
     unpatch(model)
     assert torch.equal(alone, torch.stack(logits, 1))

@@ -17,6 +17,7 @@ from moyu_ext.errors import (
     UnsupportedModelError,
 )
 from moyu_ext.methods import QRIDA, SRIDA, STDA, TDA, Dense, Method
+from moyu_ext.patching.cache import passing
 from moyu_ext.patching.patch import is_patched, patch, report, unpatch
 from moyu_ext.patching.sparse_mlp import SparseMLP
 from snapshot import snapshot
@@ -241,11 +242,11 @@ def test_a_whole_decode_step_compiles(method: Method, tiny: Make, prompt: Prompt
             cache.reset()
             plain = DynamicCache()
             ids = prompt(12, seed=seed)
-            model(ids, past_key_values=cache)
-            model(ids, past_key_values=plain)
+            model(ids, **passing(model, cache))
+            model(ids, **passing(model, plain))
             for token in prompt(4, seed=seed + 7)[0]:
-                got = step(token.view(1, 1), past_key_values=cache).logits
-                want = model(token.view(1, 1), past_key_values=plain).logits
+                got = step(token.view(1, 1), **passing(model, cache)).logits
+                want = model(token.view(1, 1), **passing(model, plain)).logits
                 torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
@@ -259,10 +260,10 @@ def test_inductor(method: Method, tiny: Make, prompt: Prompt) -> None:
     caches = [StaticCache(model.config, max_cache_len=32) for _ in range(2)]
     with torch.no_grad():
         for cache in caches:
-            model(prompt(12), past_key_values=cache)
+            model(prompt(12), **passing(model, cache))
         for token in prompt(4)[0]:
-            got = step(token.view(1, 1), past_key_values=caches[0]).logits
-            want = model(token.view(1, 1), past_key_values=caches[1]).logits
+            got = step(token.view(1, 1), **passing(model, caches[0])).logits
+            want = model(token.view(1, 1), **passing(model, caches[1])).logits
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 

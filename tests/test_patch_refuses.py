@@ -201,7 +201,7 @@ def test_a_decoder_without_a_cache_argument(tiny: Make) -> None:
 
     model = Bare().eval()
     before = snapshot(model)
-    with pytest.raises(UnsupportedModelError, match=r"past_key_values.*Dense, TDA"):
+    with pytest.raises(UnsupportedModelError, match=r"a cache.*Dense, TDA"):
         patch(model, SRIDA(0.5))
     assert snapshot(model) == before
     patch(model, TDA(0.0))

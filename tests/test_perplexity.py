@@ -9,6 +9,7 @@ from moyu_ext.errors import ConfigurationError
 from moyu_ext.evaluation import generation_perplexity, perplexity
 from moyu_ext.methods.stda import STDA
 from moyu_ext.methods.tda import TDA
+from moyu_ext.patching.cache import cache_of, passing
 from moyu_ext.patching.patch import patch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -109,7 +110,7 @@ def test_generation_perplexity_is_that_of_decoding_token_by_token(
             out = model(input_ids=row[:12].unsqueeze(0), use_cache=True)
             for token in row[12:]:
                 losses.append(-out.logits[0, -1].double().log_softmax(-1)[token].item())
-                out = model(input_ids=token.view(1, 1), past_key_values=out.past_key_values)
+                out = model(input_ids=token.view(1, 1), **passing(model, cache_of(out)))
     found = generation_perplexity(model, ids, context=12, continuation=18)
     assert found.loss == pytest.approx(sum(losses) / len(losses), rel=1e-4)
     assert abs(found.loss - dense.loss) > 1e-3, "the method must have had an effect"

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from moyu_ext.errors import ArtifactError, ConfigurationError, PatchStateError
 from moyu_ext.methods import METHODS
+from moyu_ext.patching.cache import cache_of, passing
 from moyu_ext.patching.families import find_mlps
 from moyu_ext.shadow.build import build_shadow
 from moyu_ext.shadow.reference import shadow_scores
@@ -172,7 +173,7 @@ def test_scoring_equals_decoding(tiny: Make, prompt: Make) -> None:
         out = model(input_ids=ids[:, :10], use_cache=True)
         steps = [out.logits[0]]
         for t in range(10, 24):
-            out = model(input_ids=ids[:, t : t + 1], past_key_values=out.past_key_values)
+            out = model(input_ids=ids[:, t : t + 1], **passing(model, cache_of(out)))
             steps.append(out.logits[0])
     torch.testing.assert_close(torch.cat(steps), at_once, rtol=1e-4, atol=1e-4)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from moyu_ext.errors import ConfigurationError, PatchStateError
 from moyu_ext.methods import SRIDA, STDA, TDA
+from moyu_ext.patching.cache import passing
 from moyu_ext.patching.patch import patch, report, scoring
 from snapshot import snapshot
 from torch import Tensor
@@ -42,9 +43,9 @@ def test_scoring_is_generation_in_one_forward(
     want = oracle.logits(dense, ids[0], rule, *oracle.roles(rule, TOTAL, CONTEXT))
     torch.testing.assert_close(got, want, rtol=2e-4, atol=2e-4)
     cache = DynamicCache()
-    steps = [model(ids[:, :CONTEXT], past_key_values=cache).logits[0]]
+    steps = [model(ids[:, :CONTEXT], **passing(model, cache)).logits[0]]
     for t in range(CONTEXT, TOTAL):
-        steps.append(model(ids[:, t : t + 1], past_key_values=cache).logits[0])
+        steps.append(model(ids[:, t : t + 1], **passing(model, cache)).logits[0])
     torch.testing.assert_close(got, torch.cat(steps), rtol=2e-4, atol=2e-4)
     layer = report(model).layers[0]
     assert layer.tokens == 2 * (TOTAL - CONTEXT) and layer.dense_tokens == 2 * CONTEXT
@@ -110,6 +111,6 @@ def test_bad_scoring(tiny: Make, prompt: Prompt) -> None:
     with scoring(model, [3, 4]), pytest.raises(ConfigurationError, match="2 context lengths for"):
         model(prompt(9))
     cache = DynamicCache()
-    model(prompt(9), past_key_values=cache)
+    model(prompt(9), **passing(model, cache))
     with scoring(model, 3), pytest.raises(PatchStateError, match="already holds 9 tokens"):
-        model(prompt(9), past_key_values=cache)
+        model(prompt(9), **passing(model, cache))

@@ -13,6 +13,7 @@ import torch
 from moyu_ext.errors import PatchStateError
 from moyu_ext.methods import SRIDA, STDA, TDA
 from moyu_ext.methods.base import SequenceRule
+from moyu_ext.patching.cache import cache_of, passing
 from moyu_ext.patching.passes import real_tokens
 from moyu_ext.patching.patch import patch, report, unpatch
 from moyu_ext.patching.sequence_state import SHORT, TAIL, SequenceState
@@ -237,12 +238,12 @@ def test_a_copied_cache_goes_on_alone(
     patch(model, SRIDA(0.5))
     cache = StaticCache(model.config, max_cache_len=40) if static else DynamicCache()
     kind = type(cache)
-    model(ids, past_key_values=cache)
+    model(ids, **passing(model, cache))
     assert isinstance(cache, kind) and type(cache).__name__ == kind.__name__
     other = duplicate(cache)
     tails = [prompt(5, seed=1), prompt(5, seed=2)]
     for tail, c in zip(tails, (cache, other), strict=True):
-        steps = [model(tail[:, i : i + 1], past_key_values=c).logits[0] for i in range(5)]
+        steps = [model(tail[:, i : i + 1], **passing(model, c)).logits[0] for i in range(5)]
         text = torch.cat([ids, tail], 1)[0]
         governed, learned = oracle.roles(oracle.srida(0.5), 17, 12)
         want = oracle.logits(dense, text, oracle.srida(0.5), governed, learned)
@@ -255,12 +256,12 @@ def test_cache_methods_carry_the_state(tiny: Make, prompt: Prompt) -> None:
     dense, model, ids = tiny(), tiny(), prompt(12)
     patch(model, SRIDA(0.5))
     cache = DynamicCache()
-    model(ids, past_key_values=cache)
+    model(ids, **passing(model, cache))
     cache.batch_repeat_interleave(3)
     cache.batch_select_indices(torch.tensor([2, 0]))
     cache.reorder_cache(torch.tensor([1, 0]))
     tail = prompt(4, batch=2, seed=3)
-    steps = [model(tail[:, i : i + 1], past_key_values=cache).logits[:, 0] for i in range(4)]
+    steps = [model(tail[:, i : i + 1], **passing(model, cache)).logits[:, 0] for i in range(4)]
     rule = oracle.srida(0.5)
     for row in (0, 1):
         text = torch.cat([ids[0], tail[row]])
@@ -268,7 +269,7 @@ def test_cache_methods_carry_the_state(tiny: Make, prompt: Prompt) -> None:
         got = torch.stack([s[row] for s in steps])
         torch.testing.assert_close(got, want[12:], rtol=2e-4, atol=2e-4)
     cache.reset()
-    model(ids, past_key_values=cache)
+    model(ids, **passing(model, cache))
     assert report(model).layers[0].refreshes == 2
 
 
@@ -276,9 +277,9 @@ def test_cache_methods_carry_the_state(tiny: Make, prompt: Prompt) -> None:
 def test_a_batch_that_the_cache_does_not_have(tiny: Make, prompt: Prompt) -> None:
     model = patch(tiny(), SRIDA(0.5))
     cache = DynamicCache()
-    model(prompt(12), past_key_values=cache)
+    model(prompt(12), **passing(model, cache))
     with pytest.raises(PatchStateError, match="belongs to 1 sequences, the forward has 2"):
-        model(prompt(1, batch=2), past_key_values=cache)
+        model(prompt(1, batch=2), **passing(model, cache))
 
 
 @torch.no_grad()
@@ -297,10 +298,10 @@ def test_packed_sequences_are_refused(tiny: Make, prompt: Prompt) -> None:
 def test_another_patch_does_not_use_the_state(tiny: Make, prompt: Prompt) -> None:
     model = patch(tiny(), SRIDA(0.5))
     cache = DynamicCache()
-    model(prompt(12), past_key_values=cache)
+    model(prompt(12), **passing(model, cache))
     unpatch(model)
     patch(model, STDA(0.1))
-    model(prompt(1), past_key_values=cache)
+    model(prompt(1), **passing(model, cache))
     assert report(model).layers[0].dense_tokens == 1, "undecided until it has seen enough itself"
 
 
@@ -314,33 +315,33 @@ def test_a_failed_forward_leaves_no_half_state(tiny: Make, prompt: Prompt) -> No
 
     handle = model.model.layers[1].mlp.register_forward_hook(fail)
     with pytest.raises(RuntimeError, match="interrupted"):
-        model(prompt(12), past_key_values=cache)
+        model(prompt(12), **passing(model, cache))
     handle.remove()
     assert model.model.layers[0].mlp.context.current is None
     state = cache._moyu_state
     assert not any(layer.total().any() for layer in state.layers)
-    model(prompt(12), past_key_values=DynamicCache())
+    model(prompt(12), **passing(model, DynamicCache()))
 
 
 def test_inference_mode_may_begin_and_end_anywhere(tiny: Make, prompt: Prompt) -> None:
     model = patch(tiny(), SRIDA(0.5))
     cache = DynamicCache()
     with torch.inference_mode():
-        model(prompt(20), past_key_values=cache)
-        model(prompt(1), past_key_values=cache)
+        model(prompt(20), **passing(model, cache))
+        model(prompt(1), **passing(model, cache))
     with torch.no_grad():
-        model(prompt(1), past_key_values=cache)
+        model(prompt(1), **passing(model, cache))
         cache.reorder_cache(torch.tensor([0]))
-        model(prompt(12), past_key_values=cache)
+        model(prompt(12), **passing(model, cache))
         cache.crop(-3)
-        model(prompt(1), past_key_values=cache)
+        model(prompt(1), **passing(model, cache))
     assert report(model).layers[0].refreshes == 2
 
 
 def test_statistics_keep_no_graph(tiny: Make, prompt: Prompt) -> None:
     model = patch(tiny(), SRIDA(0.5))
     out = model(prompt(12))
-    state = out.past_key_values._moyu_state
+    state = cache_of(out)._moyu_state
     assert not any(layer.total().requires_grad for layer in state.layers)
 
 

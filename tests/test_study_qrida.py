@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from moyu_ext.patching.cache import cache_of, passing
 from moyu_ext.shadow.build import build_shadow
 from moyu_ext.shadow.pack import record_bytes
 from moyu_ext.studies import qrida_bytes, qrida_guard, qrida_rankings
@@ -162,8 +163,8 @@ def test_watching_sees_what_a_guard_on_every_token_sees(tiny) -> None:
     with torch.no_grad():
         out = subject.model(input_ids=rows[1:, :16], use_cache=True)
         for t in range(16, 40):
-            cache = out.past_key_values
-            out = subject.model(input_ids=rows[1:, t : t + 1], past_key_values=cache)
+            cache = cache_of(out)
+            out = subject.model(input_ids=rows[1:, t : t + 1], **passing(subject.model, cache))
     assert moyu_ext.report(subject.model).cett == pytest.approx(result["cett"], rel=1e-5)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..methods.base import Method, check_count
+from ..patching.cache import cache_of, passing
 from ..patching.families import MlpSite, find_mlps
 from ..patching.patch import patch, report, unpatch
 from .at_density import MakeMethod
@@ -269,10 +270,11 @@ class _Runner:
         side.error = self._error(f"{side.name}, decode step", step)
 
     def _forward(self, tokens: Tensor, cache: Any) -> tuple[float, Tensor, Any]:
+        past = passing(self.model, cache)
         start = time.perf_counter_ns()
-        out = self.model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        out = self.model(input_ids=tokens, use_cache=True, logits_to_keep=1, **past)
         chosen = out.logits[:, -1].argmax(-1, keepdim=True)
-        return (time.perf_counter_ns() - start) / 1e3, chosen, out.past_key_values
+        return (time.perf_counter_ns() - start) / 1e3, chosen, cache_of(out)
 
     def _error(self, what: str, seen: list[Seen]) -> float:
         assert len(seen) == len(self.sites)

@@ -178,6 +178,7 @@ def _speed(model: Any, tuned: Tuned, tokens: int) -> dict[str, float]:
 
     import torch
 
+    from ..patching.cache import cache_of, passing
     from ..patching.patch import patch, unpatch
 
     def decode() -> float:
@@ -187,7 +188,8 @@ def _speed(model: Any, tuned: Tuned, tokens: int) -> dict[str, float]:
             begin = time.perf_counter()
             for _ in range(tokens):
                 ids = out.logits[:, -1:].argmax(-1)
-                out = model(input_ids=ids, past_key_values=out.past_key_values, use_cache=True)
+                past = passing(model, cache_of(out))
+                out = model(input_ids=ids, use_cache=True, **past)
         return tokens / (time.perf_counter() - begin)
 
     rates: dict[str, list[float]] = {"dense": [], "tuned": []}

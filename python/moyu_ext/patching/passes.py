@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..errors import ConfigurationError, PatchStateError
 from ..methods.base import SequenceRule
+from .cache import NAMES, argument, cache_of
 from .sequence_state import SHORT, SequenceState, attach, state_of
 
 
@@ -73,6 +74,11 @@ class Arguments:
         position = self._position.get(name)
         return args[position] if position is not None and position < len(args) else None
 
+    def cache(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """The cache that the forward continues, or None."""
+        found = (self.get(name, args, kwargs) for name in NAMES)
+        return next((cache for cache in found if cache is not None), None)
+
     def shape(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int]:
         """(batch, new tokens per sequence)."""
         tokens = self.get("input_ids", args, kwargs)
@@ -86,7 +92,8 @@ def find_decoder(model: nn.Module, stack: str) -> nn.Module | None:
     parts = stack.split(".")
     for end in range(len(parts), -1, -1):
         module = model.get_submodule(".".join(parts[:end]))
-        if {"input_ids", "past_key_values"} <= inspect.signature(module.forward).parameters.keys():
+        takes_ids = "input_ids" in inspect.signature(module.forward).parameters
+        if takes_ids and argument(module) is not None:
             return module
     return None
 
@@ -125,7 +132,7 @@ class SequenceHooks:
         if self.paused:
             return
         batch, length = self.arguments.shape(args, kwargs)
-        cache = self.arguments.get("past_key_values", args, kwargs)
+        cache = self.arguments.cache(args, kwargs)
         state = state_of(cache, self.owner)
         if state is not None and state.batch != batch:
             if _columns(cache) > 0:
@@ -211,9 +218,9 @@ class SequenceHooks:
         if output is None:  # the forward raised: some layers have learned, some have not
             state.reset()
             return
-        cache = self.arguments.get("past_key_values", args, kwargs)
+        cache = self.arguments.cache(args, kwargs)
         if cache is None:
-            cache = _cache_in(output)
+            cache = cache_of(output)
             if cache is None:
                 return
             attach(cache, state)
@@ -255,7 +262,7 @@ class ScoringHooks:
     def before(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook: decide the pass."""
         batch, length = self.arguments.shape(args, kwargs)
-        cache = self.arguments.get("past_key_values", args, kwargs)
+        cache = self.arguments.cache(args, kwargs)
         past = _columns(cache) if hasattr(cache, "get_seq_length") else 0
         if past:
             raise PatchStateError(
@@ -354,9 +361,3 @@ def _columns(cache: Any) -> int:
             f"{type(cache).__name__} does not count its tokens ({error}), so a sequence-level "
             "method cannot follow it; patch with a per-token method (Dense, TDA)"
         ) from error
-
-
-def _cache_in(output: Any) -> Any:
-    cache = getattr(output, "past_key_values", None)
-    candidates = output if isinstance(output, tuple) else (cache,)
-    return next((item for item in candidates if hasattr(item, "get_seq_length")), None)

@@ -91,7 +91,7 @@ def patch(
         if decoder is None:
             raise UnsupportedModelError(
                 f"{type(model).__name__}: no module around {stack} takes input_ids and "
-                "past_key_values, so a sequence-level method has no sequences to follow; patch "
+                "a cache, so a sequence-level method has no sequences to follow; patch "
                 "with a per-token method (Dense, TDA)"
             )
         hooks = SequenceHooks(decoder, context, mlps, method.min_prompt, method.refresh)
@@ -185,7 +185,7 @@ def scoring(model: nn.Module, context_length: int | Sequence[int]) -> Iterator[N
         )
     if patched.decoder is None:
         raise UnsupportedModelError(
-            f"scoring: no module of {type(model).__name__} takes input_ids and past_key_values"
+            f"scoring: no module of {type(model).__name__} takes input_ids and a cache"
         )
     hooks = ScoringHooks(
         patched.decoder, patched.context, context_length, patched.method.prefill, patched.hooks

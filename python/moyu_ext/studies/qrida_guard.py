@@ -23,6 +23,7 @@ from ..calibration.text import encode, windows
 from ..evaluation.perplexity import generation_perplexity
 from ..guard import LayerGuard
 from ..methods.qrida import QRIDA
+from ..patching.cache import cache_of, passing
 from ..patching.families import MlpWeights
 from ..patching.patch import patch, unpatch
 from ..patching.patch import report as usage
@@ -121,7 +122,8 @@ def _decode(subject: Subject, method: QRIDA, rows: Tensor, dense: float) -> dict
                 out = model(input_ids=row[None, :_PROMPT], use_cache=True)
                 for t in range(_PROMPT, len(row)):
                     losses.append(F.cross_entropy(out.logits[:, -1], row[t : t + 1]).item())
-                    out = model(input_ids=row[None, t : t + 1], past_key_values=out.past_key_values)
+                    past = passing(model, cache_of(out))
+                    out = model(input_ids=row[None, t : t + 1], **past)
         used = usage(model)
     finally:
         unpatch(model)
