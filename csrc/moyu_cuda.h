@@ -15,9 +15,10 @@ void threshold_compact(const float* values, int64_t rows, int64_t f, const float
                        int32_t* indices /* [rows, f] */, int32_t* count /* [rows] */, void* stream);
 
 void gather_gemv(const void* x /* T [rows, d] */, const void* weight /* T [f, d] */,
-                 const void* bias /* T [f] or null */, const int32_t* indices /* [capacity] */,
-                 const int32_t* count /* [1] */, float* out /* [rows, capacity] */, int64_t rows,
-                 int64_t d, int64_t f, int64_t capacity, DType dtype, void* stream);
+                 const void* bias /* T [f] or null */,
+                 const int32_t* indices /* [capacity] or null */,
+                 const int32_t* count /* [1] or null */, float* out /* [rows, capacity] */,
+                 int64_t rows, int64_t d, int64_t f, int64_t capacity, DType dtype, void* stream);
 
 void gather_gemv_t(const float* values /* [rows, capacity] */, const void* weight_t /* T [f, d] */,
                    const void* bias /* T [d] or null */, const int32_t* indices /* [capacity] */,

@@ -117,6 +117,12 @@ inline int64_t rows_of(const char* op, const Tensor& x, int64_t d) {
   return d ? x.numel() / d : 0;
 }
 
+inline void check_together(const char* op, const OptionalTensor& indices,
+                           const OptionalTensor& count) {
+  if (indices.has_value() != count.has_value())
+    fail(op, "indices and count are given together or not at all");
+}
+
 // Checks a set that the host can look at: n of `capacity` indices into f neurons.
 inline void check_count(const char* op, int32_t n, int64_t capacity) {
   if (n < 0 || n > capacity)

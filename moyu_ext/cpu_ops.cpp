@@ -60,8 +60,8 @@ std::tuple<Tensor, Tensor> threshold_compact_cpu(const Tensor& values, const Ten
   return {indices, count};
 }
 
-Tensor gather_gemv_cpu(const Tensor& x, const Tensor& weight, const Tensor& indices,
-                       const Tensor& count, const OptionalTensor& bias) {
+Tensor gather_gemv_cpu(const Tensor& x, const Tensor& weight, const OptionalTensor& indices,
+                       const OptionalTensor& count, const OptionalTensor& bias) {
   constexpr const char* op = "gather_gemv";
   const DType dtype = dtype_of(op, "weight", weight);
   expect(op, "weight", weight, x, x.scalar_type(), {-1, -1});
@@ -69,13 +69,15 @@ Tensor gather_gemv_cpu(const Tensor& x, const Tensor& weight, const Tensor& indi
   expect(op, "indices", indices, x, ScalarType::Int, {-1});
   expect(op, "count", count, x, ScalarType::Int, {1});
   expect(op, "bias", bias, x, x.scalar_type(), {f});
-  check_set(op, indices, count, f);
+  check_together(op, indices, count);
+  if (indices) check_set(op, *indices, *count, f);
+  const int64_t capacity = indices ? indices->numel() : f;
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  shape.back() = indices.numel();
+  shape.back() = capacity;
   Tensor out = empty(x, shape, ScalarType::Float);
   cpu::gather_gemv(data(x), data(weight), data(bias), data_as<int32_t>(indices),
                    data_as<int32_t>(count), static_cast<float*>(out.mutable_data_ptr()), rows, d,
-                   indices.numel(), dtype, workspace(rows, d));
+                   capacity, dtype, workspace(rows, d));
   return out;
 }
 
@@ -111,8 +113,7 @@ Tensor sparse_mlp_cpu(const Tensor& x, const OptionalTensor& gate, const Tensor&
                       const OptionalTensor& mask, const std::string& activation) {
   constexpr const char* op = "sparse_mlp";
   Mlp mlp = mlp_of(op, x, gate, up, down_t, gate_bias, up_bias, down_bias, activation);
-  if (indices.has_value() != count.has_value())
-    fail(op, "indices and count are given together or not at all");
+  check_together(op, indices, count);
   if (indices) {
     expect(op, "indices", *indices, x, ScalarType::Int, {-1});
     expect(op, "count", *count, x, ScalarType::Int, {1});

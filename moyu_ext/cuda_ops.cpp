@@ -125,8 +125,8 @@ std::tuple<Tensor, Tensor> threshold_compact_cuda(const Tensor& values, const Te
   return {indices, count};
 }
 
-Tensor gather_gemv_cuda(const Tensor& x, const Tensor& weight, const Tensor& indices,
-                        const Tensor& count, const OptionalTensor& bias) {
+Tensor gather_gemv_cuda(const Tensor& x, const Tensor& weight, const OptionalTensor& indices,
+                        const OptionalTensor& count, const OptionalTensor& bias) {
   constexpr const char* op = "gather_gemv";
   const Gpu gpu(op, "x", x);
   const DType dtype = dtype_of(op, "weight", weight);
@@ -134,15 +134,17 @@ Tensor gather_gemv_cuda(const Tensor& x, const Tensor& weight, const Tensor& ind
   const int64_t f = weight.size(0), d = weight.size(1), rows = rows_of(op, x, d);
   check_sizes(op, f, d);
   expect(op, "indices", indices, x, ScalarType::Int, {-1});
-  check_length(op, "indices", indices.numel());
+  if (indices) check_length(op, "indices", indices->numel());
   expect(op, "count", count, x, ScalarType::Int, {1});
   expect(op, "bias", bias, x, x.scalar_type(), {f});
-  check_set(op, indices, count, f, gpu.stream());
+  check_together(op, indices, count);
+  if (indices) check_set(op, *indices, *count, f, gpu.stream());
+  const int64_t capacity = indices ? indices->numel() : f;
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  shape.back() = indices.numel();
+  shape.back() = capacity;
   Tensor out = empty(x, shape, ScalarType::Float);
   cuda::gather_gemv(data(x), data(weight), data(bias), data_as<int32_t>(indices),
-                    data_as<int32_t>(count), output<float>(out), rows, d, f, indices.numel(), dtype,
+                    data_as<int32_t>(count), output<float>(out), rows, d, f, capacity, dtype,
                     gpu.stream());
   return out;
 }
@@ -185,8 +187,7 @@ Tensor sparse_mlp_cuda(const Tensor& x, const OptionalTensor& gate, const Tensor
   const Gpu gpu(op, "x", x);
   Mlp mlp = mlp_of(op, x, gate, up, down_t, gate_bias, up_bias, down_bias, activation);
   check_sizes(op, mlp.f, mlp.d);
-  if (indices.has_value() != count.has_value())
-    fail(op, "indices and count are given together or not at all");
+  check_together(op, indices, count);
   expect(op, "indices", indices, x, ScalarType::Int, {-1});
   if (indices) check_length(op, "indices", indices->numel());
   expect(op, "count", count, x, ScalarType::Int, {1});

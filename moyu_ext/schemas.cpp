@@ -4,7 +4,7 @@
 STABLE_TORCH_LIBRARY(moyu_ext, m) {
   m.def("threshold_compact(Tensor values, Tensor epsilon) -> (Tensor indices, Tensor count)");
   m.def(
-      "gather_gemv(Tensor x, Tensor weight, Tensor indices, Tensor count, Tensor? bias=None) -> "
+      "gather_gemv(Tensor x, Tensor weight, Tensor? indices, Tensor? count, Tensor? bias=None) -> "
       "Tensor");
   m.def(
       "gather_gemv_t(Tensor values, Tensor weight_t, Tensor indices, Tensor count, "

@@ -147,6 +147,11 @@ def test_gathers(dtype: torch.dtype, size: tuple[int, int]) -> None:
         )
         assert got.dtype == torch.float32
         torch.testing.assert_close(got.cpu().double(), exact, rtol=1e-5, atol=1e-4)
+        whole = ops.gather_gemv(m["x"].cuda(), m["up"].cuda(), None, None, m["up_bias"].cuda())
+        exact = reference.gather_gemv(
+            m["x"], m["up"], None, None, m["up_bias"], dtype=torch.float64
+        )
+        torch.testing.assert_close(whole.cpu().double(), exact, rtol=1e-5, atol=1e-4)
         down = ops.gather_gemv_t(got, m["down_t"].cuda(), *where, m["down_bias"].cuda())
         n, values = int(count), got.cpu()
         exact = reference.gather_gemv_t(
@@ -320,6 +325,7 @@ def test_opcheck() -> None:
     check = torch.library.opcheck
     check(ops.threshold_compact, (torch.rand(2, 16).cuda(), torch.tensor([0.5]).cuda()))
     check(ops.gather_gemv, (m["x"], m["up"], indices, count))
+    check(ops.gather_gemv, (m["x"], m["up"], None, None))
     check(ops.gather_gemv_t, (torch.rand(2, 16).cuda(), m["down_t"], indices, count))
     check(ops.sparse_mlp, (m["x"], *weights, indices, count, None, "silu"))
     epsilon = torch.tensor([0.1]).cuda()

@@ -183,6 +183,11 @@ def test_gather(isa, dtype, size):
         )
         assert got.dtype == torch.float32 and (got[:, n:] == 0).all()
         torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-4)
+        everything = torch.arange(f, dtype=torch.int32), torch.tensor([f], dtype=torch.int32)
+        assert torch.equal(
+            ops.gather_gemv(m["x"], m["up"], None, None, m["up_bias"]),
+            ops.gather_gemv(m["x"], m["up"], *everything, m["up_bias"]),
+        )
         down = ops.gather_gemv_t(got, m["down_t"], indices, count, m["down_bias"])
         exact = reference.gather_gemv_t(
             got, m["down_t"], indices, count, m["down_bias"], dtype=torch.float64
@@ -270,6 +275,7 @@ def test_opcheck():
     check(ops.threshold_compact, (torch.rand(2, 16), torch.tensor([0.5])))
     check(ops.threshold_compact, (torch.rand(16), torch.tensor([0.5])))
     check(ops.gather_gemv, (m["x"], m["up"], indices, count))
+    check(ops.gather_gemv, (m["x"], m["up"], None, None))
     values = torch.rand(2, 16)
     check(ops.gather_gemv_t, (values, m["down_t"], indices, count))
     weights = [m[k] for k in ("gate", "up", "down_t", "gate_bias", "up_bias", "down_bias")]

@@ -1,4 +1,4 @@
-// Dot products of the listed weight rows with the input rows, on a persistent grid: each block
+// Dot products of the listed weight rows (or all) with the input rows, on a persistent grid: each block
 // takes an even share of the positions below the device-side count.
 #include "tile.cuh"
 
@@ -9,8 +9,8 @@ struct GatherGemvParams {
   const T* x;              // [rows, d]
   const T* weight;         // [f, d]
   const T* bias;           // [f] or null
-  const int32_t* indices;  // [capacity]
-  const int32_t* count;    // [1]
+  const int32_t* indices;  // [capacity], null: every row in order
+  const int32_t* count;    // [1], null: capacity
   float* out;              // [rows, capacity]
   int64_t d, f, capacity;
   int rows;
@@ -35,7 +35,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   for (int first = share_begin(count, blockIdx.x); first < end; first += kTile) {
     const int n = min(kTile, end - first);
     if (static_cast<int>(threadIdx.x) < n) {
-      const int32_t neuron = p.indices[first + threadIdx.x];
+      const int32_t at = first + static_cast<int32_t>(threadIdx.x);
+      const int32_t neuron = p.indices ? p.indices[at] : at;
       s.valid[threadIdx.x] = neuron >= 0 && neuron < p.f;
       s.neurons[threadIdx.x] = s.valid[threadIdx.x] ? neuron : 0;
     }

@@ -79,14 +79,13 @@ class LayerGuard:
         """Add one token: x [1, d], column norms [f], what the router chose bool [1, f]."""
         act = ACTIVATIONS[weights.activation]
         with torch.no_grad():
-            every = self._place, self._f
-            a = ops.gather_gemv(x, weights.up, *every, weights.up_bias)
+            a = ops.gather_gemv(x, weights.up, None, None, weights.up_bias)
             if weights.gate is None:
                 a = act(a)
             else:
-                a = a * act(ops.gather_gemv(x, weights.gate, *every, weights.gate_bias))
+                a = a * act(ops.gather_gemv(x, weights.gate, None, None, weights.gate_bias))
             both = torch.cat([a.masked_fill(active, 0.0), a])  # one pass over W_down for the two
-            outputs = ops.gather_gemv_t(both, weights.down_t, *every)
+            outputs = ops.gather_gemv_t(both, weights.down_t, self._place, self._f)
             dropped, total = torch.linalg.vector_norm(outputs.float(), dim=-1)
             cett = torch.where(dropped == 0, dropped, dropped / total)
             order = torch.sort(a.abs() * norms, dim=-1, descending=True).indices

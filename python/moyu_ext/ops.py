@@ -50,9 +50,14 @@ def _(values: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake("moyu_ext::gather_gemv")
 def _(
-    x: Tensor, weight: Tensor, indices: Tensor, count: Tensor, bias: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    indices: Tensor | None,
+    count: Tensor | None,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    return x.new_empty((*x.shape[:-1], indices.shape[0]), dtype=torch.float32)
+    capacity = (weight if indices is None else indices).shape[0]
+    return x.new_empty((*x.shape[:-1], capacity), dtype=torch.float32)
 
 
 @torch.library.register_fake("moyu_ext::gather_gemv_t")

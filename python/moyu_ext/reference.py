@@ -58,12 +58,17 @@ def threshold_compact(values: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
 def gather_gemv(
     x: Tensor,
     weight: Tensor,
-    indices: Tensor,
-    count: Tensor,
+    indices: Tensor | None,
+    count: Tensor | None,
     bias: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """out[r, k] = weight[indices[k]] . x[r] + bias[indices[k]] for k < count, else 0: float32."""
+    """out[r, k] = weight[indices[k]] . x[r] + bias[indices[k]] for k < count, else 0: float32.
+
+    Without indices and count every weight row, in order.
+    """
+    if indices is None or count is None:
+        return _linear(x, weight, bias, dtype)
     n = int(count)
     out = torch.zeros(*x.shape[:-1], indices.numel(), dtype=dtype, device=x.device)
     rows = indices[:n].long()

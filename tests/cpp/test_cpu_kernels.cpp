@@ -97,6 +97,12 @@ class GatherCase {
     cpu::gather_gemv(a.mlp.x, a.mlp.up, a.mlp.up_bias, set_.indices.data(), set_.count.data(),
                      out.data(), p_.rows, p_.d, capacity, Format<T>::dtype, workspace.data());
     check_close(out.read(what), dots_, what);
+    if (static_cast<int64_t>(set_.neurons.size()) == p_.f) {
+      out.reset();
+      cpu::gather_gemv(a.mlp.x, a.mlp.up, a.mlp.up_bias, nullptr, nullptr, out.data(), p_.rows,
+                       p_.d, p_.f, Format<T>::dtype, workspace.data());
+      check_close(out.read(what), dots_, what + " without indices");
+    }
     const Buffer<float> values(values_);
     cpu::gather_gemv_t(values.data(), a.mlp.down_t, a.mlp.down_bias, set_.indices.data(),
                        set_.count.data(), a.mlp.out, p_.rows, p_.d, capacity, Format<T>::dtype,

@@ -99,6 +99,28 @@ void gemv_case(int64_t rows, int64_t d, int64_t f, int64_t capacity, Count count
   check(worst < 4e-6, what + ": error " + std::to_string(worst));
 }
 
+// Without indices: every row of the weight.
+template <typename T>
+void whole_gemv_case(int64_t rows, int64_t d, int64_t f, bool biased) {
+  const std::string what = std::string("gather_gemv of all, ") + type_name<T>() + " rows " + rows +
+                           " d " + d + " f " + f;
+  const Problem<T> p(rows, d, f, false, biased);
+  Buffer<T> x(p.x), weight(p.up), bias(p.up_bias);
+  Buffer<float> out(rows * f);
+  const auto got = repeated(what, [&] {
+    cuda::gather_gemv(x.data(), weight.data(), or_null(bias, biased), nullptr, nullptr, out.data(),
+                      rows, d, f, f, kDType<T>, nullptr);
+    return out.read(what);
+  });
+  double worst = 0;
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t k = 0; k < f; ++k) {
+      const double error = std::fabs(got[r * f + k] - p.dot(p.up, p.up_bias, r, k));
+      worst = std::isnan(error) ? kInf : std::max(worst, error);
+    }
+  check(worst < 4e-6, what + ": error " + std::to_string(worst));
+}
+
 template <typename T>
 void gemv_t_case(int64_t rows, int64_t d, int64_t f, int64_t capacity, Count count, bool biased) {
   const std::string what = std::string("gather_gemv_t ") + type_name<T>() + " rows " + rows +
@@ -127,6 +149,7 @@ template <typename T>
 void test_gathers() {
   for (int64_t rows : {1, 2, 3, 5, 8, 11}) {
     gemv_case<T>(rows, 111, 19, 19, {19, 19}, rows % 2 == 1);
+    whole_gemv_case<T>(rows, 111, 19, rows % 2 == 0);
     gemv_case<T>(rows, 128, 40, 33, {17, 17}, rows % 2 == 0);
     gemv_t_case<T>(rows, 111, 19, 19, {19, 19}, rows % 2 == 1);
     gemv_t_case<T>(rows, 128, 40, 33, {17, 17}, rows % 2 == 0);

@@ -14,9 +14,9 @@ from torch import nn
 from ..errors import ConfigurationError, PatchStateError, UnsupportedModelError
 from ..methods.base import Method
 from ..methods.qrida import QRIDA
-from ..methods.srida import SRIDA
 from .families import check_hooks, find_mlps
 from .passes import Context, ScoringHooks, SequenceHooks, find_decoder, register
+from .projections import Projection, find_projections
 from .report import LayerReport, Report, bytes_share
 from .sparse_mlp import Bypass, SparseMLP, StandIn, make_contiguous
 
@@ -33,6 +33,7 @@ class _Patch:
     decoder: nn.Module | None
     context: Context
     hooks: SequenceHooks | None
+    projections: int = 0
     undo: list[Callable[[], None]] = field(default_factory=list)
 
     def revert(self) -> None:
@@ -43,15 +44,21 @@ class _Patch:
 @torch.inference_mode(False)
 @torch.no_grad()
 def patch(
-    model: Model, method: Method | None = None, *, layers: Iterable[int] | None = None
+    model: Model,
+    method: Method | None = None,
+    *,
+    layers: Iterable[int] | None = None,
+    projections: bool = False,
 ) -> Model:
     """Let `method` decide which neurons the model's MLPs compute; in place, returns the model.
 
-    method: QRIDA() by default, which needs no calibration and keeps no state; on CUDA, where its
-    kernels do not exist yet, SRIDA(density=0.5). layers: the indices of the MLPs to patch (negative
-    ones count from the end), all by default. The model keeps its parameters and their names; W_down
-    is laid out neuron-major, so memory peaks one W_down above the model's (and QRIDA adds its
-    shadows). For inference on the device the model is on.
+    method: QRIDA() by default, which needs no calibration and keeps no state. layers: the indices
+    of the MLPs to patch (negative ones count from the end), all by default. projections: on the
+    CPU, also run the linear layers beside the MLPs (attention's, the head) with the project's own
+    GEMV, up to 8 rows at a time: all of their neurons, so nothing but rounding changes. The model
+    keeps its parameters and their names; W_down is laid out neuron-major, so memory peaks one
+    W_down above the model's (and QRIDA adds its shadows). For inference on the device the model is
+    on.
 
     Raises UnsupportedModelError for a model that it does not know, ConfigurationError for a method
     or layers that do not fit, ArtifactError for thresholds of another model, PatchStateError for a
@@ -65,8 +72,7 @@ def patch(
     if any(isinstance(module, StandIn) for module in model.modules()):
         raise PatchStateError("the model is patched already; call moyu_ext.unpatch(model) first")
     if method is None:
-        on_cuda = any(parameter.is_cuda for parameter in model.parameters())
-        method = SRIDA() if on_cuda else QRIDA()
+        method = QRIDA()
     if not isinstance(method, Method):
         raise ConfigurationError(
             f"method is {method!r}; expected a method such as moyu_ext.QRIDA(density=0.33) or "
@@ -95,10 +101,15 @@ def patch(
                 "with a per-token method (Dense, TDA)"
             )
         hooks = SequenceHooks(decoder, context, mlps, method.min_prompt, method.refresh)
-    patched = _Patch(method, mlps, decoder, context, hooks)
+    linears = find_projections(model, sites) if projections else []
+    patched = _Patch(method, mlps, decoder, context, hooks, len(linears))
     try:
         for mlp in mlps:
             _install(mlp, patched.undo)
+        for parent, name in linears:
+            projection = Projection(getattr(parent, name))
+            projection.use_huge_pages()
+            _replace(parent, name, projection, patched.undo)
         if decoder is not None and hooks is not None:
             patched.undo.append(register(decoder, hooks))
             _pickle_without(decoder, patched.undo)
@@ -161,7 +172,7 @@ def report(model: nn.Module, *, reset: bool = False) -> Report:
             mlp.reset_counts()
             if guard is not None:
                 guard.reset()
-    return Report(repr(patched.method), tuple(rows))
+    return Report(repr(patched.method), tuple(rows), patched.projections)
 
 
 @contextmanager

@@ -34,10 +34,14 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Report:
-    """The patched layers and the method's description; `str()` gives a table."""
+    """The patched layers and the method's description; `str()` gives a table.
+
+    projections: linear layers beside the MLPs that run with the project's own GEMV.
+    """
 
     method: str
     layers: tuple[LayerReport, ...]
+    projections: int = 0
 
     @property
     def density(self) -> float:
@@ -112,6 +116,8 @@ class Report:
         lines.append(mean)
         if self.share < 1:
             lines.append(self.cost())
+        if self.projections:
+            lines.append(f"{self.projections} linear layers beside the MLPs by the own GEMV")
         return "\n".join(lines)
 
 

@@ -36,9 +36,16 @@ class _InferenceOnly(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         raise PatchStateError(
-            "backward through a patched MLP: its operators have no gradient; call "
+            "backward through a patched layer: its operators have no gradient; call "
             "moyu_ext.unpatch(model) to train"
         )
+
+
+def inference_only(out: Tensor) -> Tensor:
+    """The output of an operator, with a clear error for a backward pass through it."""
+    if out.requires_grad and not torch.compiler.is_compiling():
+        return _InferenceOnly.apply(out)
+    return out
 
 
 class StandIn(nn.Module):
@@ -181,7 +188,7 @@ class SparseMLP(StandIn):
         out, counts = self.rule.apply(rows, weights)  # type: ignore[union-attr]
         self.active.add_(counts if counts.numel() == 1 else counts.sum())
         self.tokens.add_(rows.shape[0])
-        return self._finish(out, x)
+        return inference_only(out.view(x.shape))
 
     def _given(self, x: Tensor, weights: MlpWeights, current: Pass) -> Tensor:
         rows = current.batch * current.length
@@ -216,14 +223,7 @@ class SparseMLP(StandIn):
         rows = x.numel() // self.d
         out = given(x.reshape(rows, self.d), weights, indices, count, mask)
         self.tokens.add_(rows)
-        return self._finish(out, x)
-
-    @staticmethod
-    def _finish(out: Tensor, x: Tensor) -> Tensor:
-        out = out.view(x.shape)
-        if out.requires_grad and not torch.compiler.is_compiling():
-            return _InferenceOnly.apply(out)
-        return out
+        return inference_only(out.view(x.shape))
 
     def _dense(self, x: Tensor, weights: MlpWeights) -> Tensor:
         _, product = self._activations(x, weights)
