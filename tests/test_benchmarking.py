@@ -213,6 +213,17 @@ def test_decode_rows(size: Geometry, dtype: torch.dtype) -> None:
     json.dumps(result.as_dict())
 
 
+def test_decode_rows_with_projections(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = measure_decode(LLAMA, ["dense", "srida"], torch.bfloat16, projections=True)
+    names = ["unpatched", "dense", "srida", "dense+projections", "srida+projections"]
+    assert [row.method for row in result.rows[::2]] == names
+    assert [s.projections for s in result.sides] == [False] * 3 + [True] * 2
+    right = ops.gather_gemv
+    monkeypatch.setattr(ops, "gather_gemv", lambda *args: 1.03 * right(*args))
+    with pytest.raises(BenchmarkError, match=r"dense\+projections, model.*: the result is off"):
+        measure_decode(LLAMA, ["dense"], torch.bfloat16, projections=True)
+
+
 def test_a_wrong_operator_in_a_model_gives_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
     right = ops.sparse_mlp
     monkeypatch.setattr(ops, "sparse_mlp", lambda *args: 1.03 * right(*args))
@@ -368,10 +379,11 @@ def test_command_line(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert done.exit_code == 0, done.output
     assert "given" in done.output and len(rows.read_text().splitlines()) == 3
     assert json.loads(out.read_text())["rows"][1]["plan"] == "given"
-    short = ["--prompt", "16", "--new", "2", "--rounds", "1", "-d", "0.5"]
+    short = ["--prompt", "16", "--new", "2", "--rounds", "1", "-d", "0.5", "--projections"]
     done = runner.invoke(app, ["bench", "decode", "-g", "tiny", "-m", "srida", *short, *files])
     assert done.exit_code == 0, done.output
-    assert len(rows.read_text().splitlines()) == 7
+    assert len(rows.read_text().splitlines()) == 9
+    assert "srida+projections" in done.output
     facts = json.loads(out.read_text())
     assert facts["sides"][1]["method"].startswith("SRIDA(") and facts["one_down_bytes"] == 24576
     for bad in (["--dtype", "int8"], ["-p", "down"], ["--csv", str(tmp_path / "no" / "x.csv")]):

@@ -53,12 +53,24 @@ def verify(what: str, out: Tensor, x: Tensor, weights: MlpWeights, active: Tenso
     Raises BenchmarkError where it exceeds twice plain torch's error in the same dtype, plus one
     rounding to that dtype and a float32 sum's error, which grows with the root of its terms.
     """
-    right = exact(x, weights, active)
+    terms = weights.d + weights.f
+    return _compare(what, out, exact(x, weights, active), plain(x, weights, active), terms)
+
+
+def verify_linear(what: str, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> float:
+    """`verify` for a linear layer: x [rows, k], weight [n, k], out [rows, n]."""
+    blocks = weight.split(_BLOCK)
+    right = torch.cat([x.double() @ block.double().t() for block in blocks], -1)
+    right = right if bias is None else right + bias.double()
+    return _compare(what, out, right, F.linear(x, weight, bias), weight.shape[1])
+
+
+def _compare(what: str, out: Tensor, right: Tensor, plain: Tensor, terms: int) -> float:
     scale = float(right.abs().max().clamp_min(1e-30))
     error = float((out.double() - right).abs().max()) / scale
-    allowed = 2 * float((plain(x, weights, active).double() - right).abs().max()) / scale
+    allowed = 2 * float((plain.double() - right).abs().max()) / scale
     allowed += torch.finfo(out.dtype).eps
-    allowed += torch.finfo(torch.float32).eps * (weights.d + weights.f) ** 0.5
+    allowed += torch.finfo(torch.float32).eps * terms**0.5
     if not error <= allowed:
         raise BenchmarkError(
             f"{what}: the result is off by {error:.3e} of its largest element, allowed are "

@@ -18,14 +18,15 @@ from ..patching.families import MlpSite, find_mlps
 from ..patching.patch import patch, report, unpatch
 from .at_density import MakeMethod
 from .cases import mlp_neurons
-from .check import verify
+from .check import verify, verify_linear
 from .geometries import Geometry, geometry
 from .machine import MIB, Bandwidth, Machine, MemoryWatch
-from .probes import Seen, mlp_clock, recorded, shadow_of
+from .probes import Seen, mlp_clock, products, recorded, shadow_of
 from .random_model import random_model, weight_bytes
 from .rows import Row, make_row, quantile
 
 DENSE_IMPL = "transformers eager"
+PROJECTIONS = "+projections"  # behind a method's name, in rows and tables
 _SAMPLES = 4  # of the read bandwidth before each run
 _CLOCKED = 2  # steps per run in which the MLPs are timed
 
@@ -38,12 +39,13 @@ class Side:
     in which a sequence-level method chooses the set, `mlp` of all MLPs in a decode step, and
     `clocked` of those steps. shadow_bytes: what qRIDA reads besides. prefill_error, error: relative
     errors of the MLPs' outputs. Of the call of `patch`: the greatest extra memory and what stays,
-    in bytes (None where unknown), and seconds.
+    in bytes (None where unknown), and seconds. projections: whether `patch` was told so too.
     """
 
     name: str
     plan: str
     method: Method | None
+    projections: bool = False
     density: float = 1.0
     shadow_bytes: int = 0
     prefill_error: float = float("nan")
@@ -59,8 +61,9 @@ class Side:
 
     @property
     def label(self) -> str:
-        """The method's name, with the plan where a method has several."""
-        return f"{self.name} {self.plan}" if self.plan in ("gate", "product") else self.name
+        """The method's name, with what else tells it from other sides."""
+        name = f"{self.name} {self.plan}" if self.plan in ("gate", "product") else self.name
+        return name + PROJECTIONS * self.projections
 
     @property
     def mlp_us(self) -> float:
@@ -92,6 +95,7 @@ class DecodeResult:
         sides = [
             {
                 "method": side.name if side.method is None else repr(side.method),
+                "projections": side.projections,
                 "density": side.density,
                 "first_step_us": quantile(side.choose, 0.5),
                 "mlp_us": side.mlp_us,
@@ -120,6 +124,7 @@ def measure_decode(
     methods: Sequence[Method | MakeMethod] = (),
     dtype: torch.dtype = torch.bfloat16,
     *,
+    projections: bool = False,
     layers: int | None = None,
     prompt_tokens: int = 512,
     new_tokens: int = 12,
@@ -133,8 +138,9 @@ def measure_decode(
     One round: the unpatched model, then for each method patch, run, unpatch. A run is a prompt of
     `prompt_tokens`, one step that is not counted, and `new_tokens` timed steps, for one sequence,
     greedy. In the first round every MLP's outputs, in the prompt and in a decode step, are checked
-    against `reference` in float64 on the set in force. methods: or what makes one from the model
-    (see `method_at`). progress(done, total, what) is called before each run.
+    against `reference` in float64 on the set in force, and so are the linear layers beside them.
+    methods: or what makes one from the model (see `method_at`). projections: measure each method
+    also with `patch(..., projections=True)`. progress(done, total, what) is called before each run.
 
     Raises ConfigurationError for bad numbers or too little memory, BenchmarkError for a wrong
     result.
@@ -150,7 +156,9 @@ def measure_decode(
     model = random_model(size, dtype, layers=layers, positions=positions, seed=seed)
     built = time.perf_counter() - start
     made = [m if isinstance(m, Method) else m(model) for m in methods]
-    sides = [Side("unpatched", "dense", None), *(Side(m.name, m.plan, m) for m in made)]
+    sides = [Side("unpatched", "dense", None)]
+    for more in (False, True)[: 1 + projections]:
+        sides += [Side(m.name, m.plan, m, more) for m in made]
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, size.vocabulary, (1, prompt_tokens), generator=generator)
     bandwidth = Bandwidth(bandwidth_bytes)
@@ -160,7 +168,7 @@ def measure_decode(
         for r in range(rounds):
             for i, side in enumerate(sides):
                 if progress is not None:
-                    progress(r * len(sides) + i, rounds * len(sides), side.name)
+                    progress(r * len(sides) + i, rounds * len(sides), side.label)
                 with _patched(model, side):
                     for _ in range(_SAMPLES):
                         bandwidth.sample()
@@ -175,7 +183,7 @@ def measure_decode(
             "device": machine.device,
             "dtype": str(dtype).removeprefix("torch."),
             "geometry": size.name + (f" {layers} layers" if layers else ""),
-            "method": side.name,
+            "method": side.name + PROJECTIONS * side.projections,
             "bandwidth_gbps": bandwidth.gbps,
             "dense_impl": DENSE_IMPL,
         }
@@ -223,7 +231,7 @@ def _patched(model: nn.Module, side: Side) -> Iterator[None]:
         return
     start = time.perf_counter()
     with MemoryWatch() as memory:
-        patch(model, side.method)
+        patch(model, side.method, projections=side.projections)
     side.patch_seconds = time.perf_counter() - start
     if memory.peak is not None and memory.lasting is not None:
         side.patch_peak_bytes = max(memory.peak, side.patch_peak_bytes or 0)
@@ -264,10 +272,13 @@ class _Runner:
         with recorded(self.sites, governed=False) as prompt:
             _, token, cache = self._forward(self.ids, None)
         _, token, cache = self._forward(token, cache)
-        with recorded(self.sites, governed=True) as step:
+        with recorded(self.sites, governed=True) as step, products(self.model) as linears:
             self._forward(token, cache)
-        side.prefill_error = self._error(f"{side.name}, prompt", prompt)
-        side.error = self._error(f"{side.name}, decode step", step)
+        side.prefill_error = self._error(f"{side.label}, prompt", prompt)
+        side.error = self._error(f"{side.label}, decode step", step)
+        for name, linear, x, out in linears:
+            error = verify_linear(f"{side.label}, {name}", out, x, linear.weight, linear.bias)
+            side.error = max(side.error, error)
 
     def _forward(self, tokens: Tensor, cache: Any) -> tuple[float, Tensor, Any]:
         past = passing(self.model, cache)

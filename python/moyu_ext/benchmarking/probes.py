@@ -15,6 +15,7 @@ from .. import ops, reference
 from ..methods.base import TokenRule
 from ..methods.qrida import _ShadowRule
 from ..patching.families import MlpSite
+from ..patching.projections import Projection
 from ..patching.sparse_mlp import SparseMLP
 from ..shadow.reference import choose
 
@@ -72,6 +73,28 @@ def recorded(sites: list[MlpSite], governed: bool) -> Iterator[list[Seen]]:
 
     with _hooked(sites, pair):
         yield found
+
+
+@contextmanager
+def products(model: nn.Module) -> Iterator[list[tuple[str, Projection, Tensor, Tensor]]]:
+    """Within the block, collects (name, layer, x [rows, k], out [rows, n]) of each product that a
+    `Projection` computes, of the first ROWS rows."""
+    found: list[tuple[str, Projection, Tensor, Tensor]] = []
+
+    def hook_for(name: str) -> Callable[..., None]:
+        def end(layer: Projection, args: tuple[Tensor, ...], out: Tensor) -> None:
+            x = args[0].reshape(-1, args[0].shape[-1])[:ROWS].clone()
+            found.append((name, layer, x, out.reshape(-1, out.shape[-1])[:ROWS].clone()))
+
+        return end
+
+    linears = [(n, m) for n, m in model.named_modules() if isinstance(m, Projection)]
+    handles = [layer.register_forward_hook(hook_for(name)) for name, layer in linears]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def active_neurons(site: MlpSite, x: Tensor, governed: bool = True) -> Tensor:

@@ -139,6 +139,14 @@ def decode(
         list[float],
         typer.Option("--density", "-d", help="Fraction of neurons that are active. Repeatable."),
     ] = [0.33],  # noqa: B006
+    projections: Annotated[
+        bool,
+        typer.Option(
+            "--projections",
+            help="Measure each method also with attention's and the head's linear layers by the "
+            "project's own GEMV.",
+        ),
+    ] = False,
     dtype: DType = "bfloat16",
     prompt_tokens: Annotated[int, typer.Option("--prompt", help="Tokens of the prompt.")] = 512,
     new_tokens: Annotated[int, typer.Option("--new", help="Timed tokens per round.")] = 12,
@@ -158,7 +166,7 @@ def decode(
     tokens, and what patching costs in memory and time. Threshold methods get their thresholds
     from a few random tokens, so that no calibration is needed.
 
-    Example: moyu bench decode -g llama-2-7b --layers 4 -m srida -m tda -d 0.33
+    Example: moyu bench decode -g llama-2-7b --layers 4 -m qrida -m srida -d 0.33 --projections
     """
     from ..benchmarking import measure_decode, method_at
 
@@ -173,6 +181,7 @@ def decode(
             geometry,
             methods,
             _dtype(dtype),
+            projections=projections,
             layers=layers,
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,

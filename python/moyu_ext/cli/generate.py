@@ -80,6 +80,12 @@ def generate(
             "where the thresholds' calibration put it; off."
         ),
     ] = None,
+    projections: Annotated[
+        bool,
+        typer.Option(
+            "--projections", help="Also attention's and the head's linear layers by our GEMV (CPU)."
+        ),
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 128,
     sample: Annotated[
         bool, typer.Option("--sample", help="Sample, rather than take the likeliest token.")
@@ -106,7 +112,7 @@ def generate(
         moyu generate stories_silu -p "One day" --method srida --density 0.3
         moyu calibrate stories_silu --out thresholds
         moyu generate stories_silu -p "One day" --thresholds thresholds
-        moyu generate ./Llama-2-7b-hf -p "The capital of France is" --dtype bfloat16 --json run.json
+        moyu generate ./Llama-2-7b-hf -p "The capital of France is" --dtype bfloat16 --projections
     """
     common.check_json(json)
     if temperature <= 0:
@@ -131,7 +137,7 @@ def generate(
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": sample}
     if sample:
         settings |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
-    patch(lm, chosen)
+    patch(lm, chosen, projections=projections)
     run = _generate(lm, encoded, settings, seed, tokenizer, _print)
     used = report(lm)
     result: dict[str, Any] = {
@@ -140,6 +146,7 @@ def generate(
         "dtype": str(lm.dtype).removeprefix("torch."),
         "device": str(lm.device),
         "method": repr(chosen),
+        "projections": used.projections,
         "prompt_tokens": context,
         "new_tokens": run.ids.shape[-1] - context,
         "text": tokenizer.decode(run.ids[0], skip_special_tokens=True),
