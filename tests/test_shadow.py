@@ -11,7 +11,13 @@ import torch
 from moyu_ext.errors import ArtifactError, ConfigurationError, MoyuError, PatchStateError
 from moyu_ext.patching.families import MlpWeights, find_mlps
 from moyu_ext.shadow.build import build_shadow, quantise
-from moyu_ext.shadow.feedback import damped_moment, quantise_for
+from moyu_ext.shadow.feedback import (
+    build_each_for,
+    build_for,
+    damped_moment,
+    elimination,
+    quantise_for,
+)
 from moyu_ext.shadow.pack import BLOCK, Codes, blocks_of, pack, record_bytes, unpack
 from moyu_ext.shadow.reference import choose, dequantise, round_input, shadow_mlp, shadow_scores
 from moyu_ext.shadow.store import FILE, Shadows
@@ -271,7 +277,7 @@ def test_fitted_rounding_loses_less_on_inputs_of_the_kind(bits: int, d: int) -> 
     w = random(50, d)
     x, new = structured(400, d, 1), structured(400, d, 2)
     plain = dequantise(quantise(w, bits))[:, :d]
-    fitted_codes = quantise_for(w, bits, damped_moment(x))
+    fitted_codes = quantise_for(w, bits, *elimination(damped_moment(x)))
     assert fitted_codes.codes.max() < 2**bits and not fitted_codes.codes[:, d:].any()
     fitted = dequantise(fitted_codes)[:, :d]
     exact = new @ w.t()
@@ -281,7 +287,7 @@ def test_fitted_rounding_loses_less_on_inputs_of_the_kind(bits: int, d: int) -> 
 
 def test_fitted_rounding_without_structure_is_plain_rounding() -> None:
     w = random(50, 300)
-    plain, fitted = quantise(w, 2), quantise_for(w, 2, torch.eye(300))
+    plain, fitted = quantise(w, 2), quantise_for(w, 2, *elimination(torch.eye(300)))
     errors = [(dequantise(m)[:, :300] - w).norm() for m in (plain, fitted)]
     assert errors[0] <= errors[1] < 1.05 * errors[0]
 
@@ -290,7 +296,7 @@ def test_fitted_rounding_of_odd_inputs_stays_finite() -> None:
     w = random(8, 40)
     w[3] = 0
     for x in (torch.zeros(5, 40), torch.full((5, 40), torch.nan), random(1, 40)):
-        matrix = quantise_for(w, 2, damped_moment(x))
+        matrix = quantise_for(w, 2, *elimination(damped_moment(x)))
         assert dequantise(matrix).isfinite().all()
 
 
@@ -304,7 +310,8 @@ def test_shadows_fitted_to_text(tiny: Callable[..., torch.nn.Module]) -> None:
         before = {name: p.clone() for name, p in model.named_parameters()}
         plain = Shadows.build(model, 2)
         texts = ["once upon a time there was a neuron that did not fire"] * 4
-        fitted = Shadows.build(model, 2, Letters(), texts)
+        fitted = Shadows.fit(model, 2, Letters(), texts)
+        assert fitted.fitted and not plain.fitted and fitted.key and not plain.key
         assert fitted.bits == plain.bits and fitted.fingerprint == plain.fingerprint
         for a, b in zip(plain.layers, fitted.layers, strict=True):
             assert a.data.shape == b.data.shape and not torch.equal(a.data, b.data)
@@ -312,7 +319,27 @@ def test_shadows_fitted_to_text(tiny: Callable[..., torch.nn.Module]) -> None:
             fitted.layer(site.index, site.weights())  # the shadow of these weights
         assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
         with pytest.raises(PatchStateError):
-            Shadows.build(moyu_ext.patch(model), 2, Letters(), texts)
+            Shadows.fit(moyu_ext.patch(model), 2, Letters(), texts)
+
+
+def test_shadows_fitted_to_what_the_model_writes(tiny: Callable[..., torch.nn.Module]) -> None:
+    model = tiny("llama")
+    state = torch.random.get_rng_state()
+    fitted = Shadows.fit(model, 2, max_tokens=200)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert fitted.key == Shadows.fit(model, 2, max_tokens=200).key, "the same seed, the same bytes"
+    assert fitted.key != Shadows.fit(model, 2, max_tokens=200, seed=1).key
+    with pytest.raises(ConfigurationError, match="bits has 2 entries, the model has 3 MLPs"):
+        Shadows.fit(model, [(2, 2), (2, 2)])
+
+
+def test_each_of_several_bits_is_what_one_would_be(tiny: Callable[..., torch.nn.Module]) -> None:
+    for family in ("llama", "opt"):
+        weights = find_mlps(tiny(family))[0].weights()
+        x = structured(100, weights.d, 3)
+        pairs = [(1, 1), (2, 1), (3, 3)]
+        for pair, shadow in zip(pairs, build_each_for(x, weights, pairs), strict=True):
+            assert torch.equal(shadow.data, build_for(x, weights, *pair).data)
 
 
 # --- files ---

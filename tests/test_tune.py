@@ -17,7 +17,7 @@ from moyu_ext.evaluation.perplexity import generation_perplexity
 from moyu_ext.patching.families import find_mlps
 
 import moyu_ext
-from moyu_ext import QRIDA, TDA, Thresholds
+from moyu_ext import QRIDA, TDA, Shadows, Thresholds
 
 Make = Callable[..., Any]
 
@@ -137,7 +137,20 @@ def test_tuned_thresholds_keep_the_budget(
     assert tuned.tokens == 12 * 32
     # The artefact.
     tuned.save_pretrained(tmp_path)
-    assert Thresholds.from_pretrained(tmp_path) == tuned.thresholds
+    loaded = Thresholds.from_pretrained(tmp_path)
+    assert loaded == tuned.thresholds
+    if tuned.shadows is None:
+        assert method != "qrida"
+    else:
+        shadows = Shadows.from_pretrained(tmp_path)
+        assert shadows.fitted and shadows.key == loaded.shadows
+        assert QRIDA(loaded, shadows=shadows).bits == list(loaded.bits)
+        moyu_ext.unpatch(model)
+        with pytest.raises(
+            ConfigurationError, match=r"found with fitted shadows .* has the shadows"
+        ):
+            moyu_ext.patch(model, QRIDA(loaded))
+        assert not moyu_ext.patching.patch.is_patched(model)
     saved = json.loads((tmp_path / FILE).read_text())
     assert saved["increase"] == tuned.increase and len(saved["frontier"]) >= 7
     shares = [p.share for p in tuned.frontier]

@@ -8,14 +8,13 @@ the neurons below the threshold left out, so that the layers above see what they
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .._progress import Step, steps
 from ..errors import ConfigurationError, PatchStateError
 from ..methods.qrida import QRIDA
 from ..patching.families import MlpSite, MlpWeights, find_mlps
@@ -27,8 +26,6 @@ from .thresholds import LayerThreshold, Thresholds, fingerprint
 # A prompt shorter than this says too little about a sequence (the same as STDA's min_prompt).
 _MIN_PROMPT = 8
 _QUANTILES = 64
-
-Report = Callable[[str, int, int], None]
 
 
 def calibrate(
@@ -77,7 +74,7 @@ def calibrate(
         raise PatchStateError("the model is patched; call moyu_ext.unpatch(model) to calibrate it")
     if model.training:
         raise PatchStateError("the model is in training mode; call model.eval() to calibrate it")
-    with torch.no_grad(), _progress(progress) as report:
+    with torch.no_grad(), steps("calibrate", progress) as report:
         window = longest_window(model)
         if texts is None:
             report("the model writes its calibration text", 0, 1)
@@ -106,6 +103,7 @@ def calibrate(
         model=_model_id(getattr(config, "_name_or_path", "") or type(model).__name__),
         dtype=str(sites[0].weights().up.dtype).removeprefix("torch."),
         bits=tuple(method.bits_of(i) for i in range(len(sites))) if score == "shadow" else (),
+        shadows=method.shadows.key if score == "shadow" and method.shadows else "",
     )
 
 
@@ -159,7 +157,7 @@ class _Run:
         score: str | Callable[[int, MlpWeights], Callable[[Tensor], Tensor]],
         on: str,
         sequential: bool,
-        report: Report,
+        report: Step,
     ) -> None:
         self._model, self._sites, self._batch = model, sites, batch
         self._score, self._sequential, self._report = score, sequential, report
@@ -250,19 +248,3 @@ def _layer(tokens: LayerTokens, target: float, epsilon: float | None) -> LayerTh
         p95=p95,
         max=ordered.max().item(),
     )
-
-
-@contextmanager
-def _progress(wanted: bool) -> Iterator[Report]:
-    if not (wanted and sys.stderr.isatty()):
-        yield lambda text, done, total: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("calibrate: {task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda text, done, total: bar.update(
-            task, description=text, completed=done, total=total
-        )

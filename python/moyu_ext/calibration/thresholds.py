@@ -47,7 +47,8 @@ class Thresholds:
 
     `cett` is the target. `score` is "product" (epsilon in units of the neuron norm), "gate" (in
     units of |act(g_i)|) or "shadow" (in units of the norm that a shadow of `bits` estimates; (gate,
-    up) of each layer). `method`, `on`, `granularity` and `sequential` are the arguments of
+    up) of each layer; `shadows` is the `Shadows.key` of fitted ones, "" for those that QRIDA
+    builds). `method`, `on`, `granularity` and `sequential` are the arguments of
     `calibrate`; `tokens` is the number of tokens measured; `dtype` the model's; `model` its id and
     `fingerprint` that of its weights (see `fingerprint`).
 
@@ -66,6 +67,7 @@ class Thresholds:
     model: str = ""
     dtype: str = "float32"
     bits: tuple[tuple[int, int], ...] = ()
+    shadows: str = ""
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:

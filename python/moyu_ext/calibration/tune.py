@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from .._files import write_atomically
 from ..errors import ConfigurationError, PatchStateError
 from ..methods.base import Method
-from ..methods.qrida import QRIDA
+from ..methods.qrida import QRIDA, shadow_scorer
 from ..methods.tda import TDA
 from ..patching.families import MlpSite, find_mlps
 from ..patching.patch import patch, scoring, unpatch
-from ..shadow.pack import record_bytes
+from ..shadow.feedback import build_each_for
+from ..shadow.pack import Shadow, record_bytes
+from ..shadow.store import Shadows
 from .cett import LayerTokens
 from .curves import Level, LossCurve, allocate, levels
 from .forward import answer_mlps
@@ -73,10 +75,11 @@ class Point:
 class Tuned:
     """What `tune` found.
 
-    thresholds: for `method()`; increase, error: of perplexity over dense on held-out rows (error:
-    one standard error of the paired difference); point: the chosen allocation as measured on the
-    rows it was chosen on; frontier: all that were tried, by bytes; losses: per layer, nats =
-    alpha * cett^power; tokens: scored on each half of the text.
+    thresholds, and for QRIDA shadows fitted to the text: for `method()`; increase, error: of
+    perplexity over dense on held-out rows (error: one standard error of the paired difference);
+    point: the chosen allocation as measured on the rows it was chosen on; frontier: all that were
+    tried, by bytes; losses: per layer, nats = alpha * cett^power; tokens: scored on each half of
+    the text.
     """
 
     thresholds: Thresholds
@@ -87,18 +90,26 @@ class Tuned:
     frontier: tuple[Point, ...]
     losses: tuple[LossCurve, ...]
     tokens: int
+    shadows: Shadows | None = None
 
     def method(self) -> Method:
-        """The method with the thresholds found, for `patch`."""
+        """The method with what was found, for `patch`."""
         if self.thresholds.score == "shadow":
-            return QRIDA(thresholds=self.thresholds)
+            return QRIDA(thresholds=self.thresholds, shadows=self.shadows)
         return TDA(self.thresholds, score=self.thresholds.score)
 
+    def as_dict(self) -> dict[str, Any]:
+        """All but the shadows, in what JSON knows."""
+        return dataclasses.asdict(dataclasses.replace(self, shadows=None))
+
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Write the thresholds (see `Thresholds.save_pretrained`) and `moyu_tune.json`."""
+        """Write the thresholds and shadows (see their `save_pretrained`) and `moyu_tune.json`."""
         self.thresholds.save_pretrained(directory)
-        content = dataclasses.asdict(self)
-        content.pop("thresholds")
+        if self.shadows is not None:
+            self.shadows.save_pretrained(directory)
+        content = self.as_dict()
+        for elsewhere in ("thresholds", "shadows"):
+            content.pop(elsewhere)
         text = json.dumps(content, indent=2) + "\n"
         write_atomically(Path(directory) / FILE, text.encode())
 
@@ -120,7 +131,8 @@ def tune(
     """Per-layer thresholds whose perplexity in generation is at most `max_perplexity_increase`
     (0.01: one per cent) above dense, for the fewest bytes.
 
-    Per layer: density and CETT at 15 thresholds and for each of `bits` (QRIDA), and the divergence
+    Per layer: density and CETT at 15 thresholds and for each of `bits` (QRIDA; shadows are fitted
+    to the half of the text that is tuned on, see `Shadows.fit`), and the divergence
     (nats) of the model's output where that layer alone is sparse. Budgets of nats are then spent
     greedily where a nat saves the most bytes; allocations are tried on one half of the text until
     the largest is found that keeps the limit, and the other half has the last word.
@@ -182,6 +194,7 @@ def tune(
         frontier=tuple(sorted(run.tried, key=lambda p: p.share)),
         losses=tuple(run.losses),
         tokens=half * continuation,
+        shadows=run.shadows(chosen),
     )
 
 
@@ -304,6 +317,8 @@ class _Run:
         self.model, self.sites, self.rows = model, sites, rows
         self.context, self.score = context, score
         self.bits: list[tuple[int, int]] = list(bits) if score == "shadow" else []
+        self.fitted: list[dict[tuple[int, int], Shadow]] = []  # per layer, for each of bits
+        self.fingerprint = fingerprint(model)
         self.levels: list[list[Level]] = []
         self.losses: list[LossCurve] = []
         self.tried: list[Point] = []
@@ -315,6 +330,9 @@ class _Run:
 
         def visit(index: int, x: Tensor) -> Tensor:
             governed = x.view(count, length, -1)[:, self.context :].flatten(0, 1)
+            if self.bits:
+                shadows = build_each_for(x, self.sites[index].weights(), self.bits)
+                self.fitted.append(dict(zip(self.bits, shadows, strict=True)))
             self.levels.append(self._levels(self.sites[index], governed))
             return LayerTokens(x, self.sites[index].weights()).output(0.0)
 
@@ -327,7 +345,7 @@ class _Run:
             return levels(x, weights, self.score, self._share(site, None))
         found: list[Level] = []
         for pair in self.bits:
-            scores = QRIDA(bits=pair).scorer(site.index, weights)
+            scores = shadow_scorer(self.fitted[site.index][pair], weights)
             found += levels(x, weights, scores, self._share(site, pair), pair)
         return found
 
@@ -356,9 +374,7 @@ class _Run:
         return max(self.bits) if self.bits else None
 
     def _uniform(self, level: Level) -> Method:
-        if level.bits is not None:
-            return QRIDA(thresholds=level.epsilon, bits=level.bits, guard="off")
-        return TDA(level.epsilon, score=self.score)
+        return self.method([level] * len(self.sites))
 
     def allocate(self, budget: float) -> list[Level]:
         return allocate(self.levels, self.losses, budget)
@@ -366,9 +382,16 @@ class _Run:
     def method(self, chosen: Sequence[Level]) -> Method:
         epsilon = [level.epsilon for level in chosen]
         if self.score == "shadow":
-            pairs = [level.bits or self.bits[0] for level in chosen]
-            return QRIDA(thresholds=epsilon, bits=pairs, guard="off")
+            return QRIDA(thresholds=epsilon, shadows=self.shadows(chosen), guard="off")
         return TDA(epsilon, score=self.score)
+
+    def shadows(self, chosen: Sequence[Level]) -> Shadows | None:
+        """Those of the bits chosen for each layer; None for TDA."""
+        if self.score != "shadow":
+            return None
+        pairs = [level.bits or self.bits[0] for level in chosen]
+        layers = (fitted[pair] for fitted, pair in zip(self.fitted, pairs, strict=True))
+        return Shadows(tuple(layers), self.fingerprint, fitted=True)
 
     def try_budget(self, budget: float) -> Point:
         """Measure the allocation of this many nats on the tuning rows."""
@@ -428,18 +451,19 @@ class _Run:
 
     def thresholds(self, chosen: Sequence[Level]) -> Thresholds:
         config = getattr(self.model, "config", None)
-        shadow = self.score == "shadow"
+        shadows = self.shadows(chosen)
         name = str(getattr(config, "_name_or_path", "") or type(self.model).__name__)
         fields = [field.name for field in dataclasses.fields(LayerThreshold)]
         return Thresholds(
             layers=tuple(LayerThreshold(**{f: getattr(c, f) for f in fields}) for c in chosen),
             cett=sum(level.cett for level in chosen) / len(chosen),
-            fingerprint=fingerprint(self.model),
+            fingerprint=self.fingerprint,
             score=self.score,
-            method="qrida" if shadow else "tda",
+            method="tda" if shadows is None else "qrida",
             sequential=False,
             tokens=self.rows.shape[0] * (self.rows.shape[1] - self.context),
             model=os.path.basename(os.path.normpath(name)) if os.path.isdir(name) else name,
             dtype=str(self.sites[0].weights().up.dtype).removeprefix("torch."),
-            bits=tuple(c.bits or self.bits[0] for c in chosen) if shadow else (),
+            bits=() if shadows is None else shadows.bits,
+            shadows="" if shadows is None else shadows.key,
         )

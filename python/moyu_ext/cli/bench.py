@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from .._progress import steps
 from ..errors import ConfigurationError
 from . import common
 
@@ -101,7 +99,7 @@ def mlp(
     _check_files(csv, json)
     if device not in ("cpu", "cuda"):
         raise ConfigurationError(f"device is {device!r}; expected cpu or cuda")
-    with _progress("MLP") as advance:
+    with steps("MLP") as step:
         result = (measure_mlp_cuda if device == "cuda" else measure_mlp)(
             geometry,
             _dtype(dtype),
@@ -111,7 +109,7 @@ def mlp(
             repeats=repeats,
             layers=layers,
             seed=seed,
-            progress=lambda done, total: advance(done, total, ""),
+            progress=lambda done, total: step("", done, total),
         )
     _print_machine(result.machine, result.bandwidth_by_reader, result.warnings)
     dense = {"torch": "torch dense"}  # on a GPU the method says which
@@ -176,7 +174,7 @@ def decode(
         for name in method
         for value in ([1.0] if name == "dense" else density)
     ]
-    with _progress("decode") as advance:
+    with steps("decode") as step:
         result = measure_decode(
             geometry,
             methods,
@@ -187,7 +185,7 @@ def decode(
             new_tokens=new_tokens,
             rounds=rounds,
             seed=seed,
-            progress=advance,
+            progress=lambda done, total, text: step(text, done, total),
         )
     _print_machine(result.machine, result.bandwidth_by_reader, result.warnings)
     labels = [f"{name} {side.label}" for side in result.sides for name in ("decode", "prefill")]
@@ -203,16 +201,6 @@ def _dtype(name: str) -> Any:
     if name not in ("bfloat16", "float16", "float32"):
         raise ConfigurationError(f"dtype is {name!r}; expected bfloat16, float16 or float32")
     return dtype
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Any]:
-    columns = (TextColumn(what), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("building", total=None)
-        yield lambda done, total, text: bar.update(
-            task, completed=done, total=total, description=text
-        )
 
 
 def _print_machine(machine: Machine, readers: dict[str, float], warnings: list[str]) -> None:

@@ -193,8 +193,13 @@ def build_method(name: str | None, **options: Any) -> Method:
     given = {key: value for key, value in options.items() if value is not None}
     default = _DEFAULT
     if "thresholds" in given:
-        given["thresholds"] = Thresholds.from_pretrained(given["thresholds"])
+        directory = given["thresholds"]
+        given["thresholds"] = Thresholds.from_pretrained(directory)
         default = given["thresholds"].method
+        if given["thresholds"].shadows:  # beside them, as `moyu tune` saves both
+            from ..shadow.store import Shadows
+
+            given["shadows"] = Shadows.from_pretrained(directory)
     if "router" in given:
         from ..routers.router import Router
 

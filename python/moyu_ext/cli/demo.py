@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import textwrap
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .._progress import steps
 from ..errors import MoyuError
 from . import common
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from .demo_measure import ModelResult, Row, Step
+    from .demo_measure import ModelResult, Row
 
 # The ReLU twin comes second: the same training, the activation function alone differs.
 _MODELS = {"stories_silu": "SwiGLU", "stories_relu": "ReLU"}
@@ -93,8 +93,9 @@ def _one_model(console: Console, name: str, size: Any) -> ModelResult:
     model, tokenizer = common.load_model(name, "float32")
     from .demo_measure import count_steps, measure
 
-    with _steps(name, count_steps()) as step:
-        result = measure(name, model, tokenizer, size, step)
+    begun, total = itertools.count(), count_steps()
+    with steps(name) as step:
+        result = measure(name, model, tokenizer, size, lambda text: step(text, next(begun), total))
     console.print(
         f"\n[bold]{name}[/bold]: a Llama with {_MODELS[name]}, {result.parameters / 1e6:.1f} M "
         f"parameters, {result.layers} layers of {result.neurons} neurons"
@@ -159,14 +160,14 @@ def _speed(console: Console) -> dict[str, Any]:
         "machine"
     )
     try:
-        with _steps("speed", _REPEATS + 1) as step:
+        with steps("speed") as step:
             found = measure_mlp(
                 _GEOMETRY,
                 torch.bfloat16,
                 tuple(_PLANS),
                 _DENSITIES,
                 repeats=_REPEATS,
-                progress=lambda done, total: step(f"round {done} of {total}"),
+                progress=lambda done, total: step(f"round {done} of {total}", done, total),
             )
     except MoyuError as error:
         console.print(f"  not measured: {error}", markup=False)
@@ -194,15 +195,3 @@ def _speed(console: Console) -> dict[str, Any]:
         "machine": dataclasses.asdict(found.machine),
         "warnings": found.warnings,
     }
-
-
-@contextmanager
-def _steps(title: str, total: int) -> Iterator[Step]:
-    """A progress bar on stderr; `step(text)` ends the step before and names the next."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn(f"{title}: {{task.description}}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=total, completed=-1)
-        yield lambda text: bar.update(task, advance=1, description=text)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .._progress import steps
 from ..errors import ConfigurationError
 from . import common
 
@@ -97,7 +94,7 @@ def tune(
     from .tune_figure import frontier
 
     kind: Any = TDA(0.0, score=score) if method == "tda" else method
-    with _steps() as progress:
+    with steps("tune", lines=True) as progress:
         tuned = run(
             lm,
             tokenizer,
@@ -112,30 +109,13 @@ def tune(
             progress=progress,
         )
     tuned.save_pretrained(out)
-    result: dict[str, Any] = {"command": "tune", "model": model} | dataclasses.asdict(tuned)
+    result: dict[str, Any] = {"command": "tune", "model": model} | tuned.as_dict()
     if measure_speed:
         result["measured"] = _speed(lm, tuned, measure_speed)
     frontier(tuned, out / "frontier.png", result.get("measured", {}).get("speedup"))
     _print(model, tuned, result.get("measured"))
     typer.echo(f'\nSaved to {out}. Next: moyu generate {model} --thresholds {out} -p "..."')
     common.write_json(json, result)
-
-
-@contextmanager
-def _steps() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on stderr, or a line per step where that is no terminal."""
-    if not sys.stderr.isatty():
-        yield lambda text, done, total: typer.echo(f"tune: {done}/{total} {text}", err=True)
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("tune: {task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda text, done, total: bar.update(
-            task, description=text, completed=done, total=total
-        )
 
 
 def percent(text: str) -> float:

@@ -54,7 +54,8 @@ class QRIDA(Method):
     guard: "watch" measures the true CETT and recall on one token in `guard_every`, see
         `moyu_ext.guard`; "hold" also moves epsilon so that CETT stays where calibration put it;
         "off".
-    shadows: from `Shadows.from_pretrained`, rather than built when the model is patched.
+    shadows: from `Shadows.fit`, which finds more of the right neurons, or `from_pretrained`, rather
+        than built when the model is patched.
 
     Memory: per neuron and matrix d * b / 8 bytes and two for each 256 elements.
 
@@ -156,10 +157,18 @@ class QRIDA(Method):
                 )
         if self.shadows is not None:
             self.shadows.check(layers, fingerprint)
+        made_for = getattr(self.thresholds, "shadows", None)
+        mine = "" if self.shadows is None else self.shadows.key
+        if made_for is not None and made_for != mine:
+            raise ConfigurationError(
+                f"thresholds were found with {_which(made_for)}, the method has {_which(mine)}; "
+                "pass the same (moyu tune saves them beside the thresholds: "
+                "shadows=moyu_ext.Shadows.from_pretrained(DIR)), or calibrate again"
+            )
 
     def scorer(self, index: int, weights: MlpWeights) -> Callable[[Tensor], Tensor]:
         """What the thresholds of layer `index` compare: x [n, d] -> n^ float32 [n, f]."""
-        return _Router(self._shadow(index, weights), weights).scores
+        return shadow_scorer(self._shadow(index, weights), weights)
 
     def bind(self, index: int, weights: MlpWeights) -> TokenRule:
         """See `Method`."""
@@ -185,6 +194,11 @@ class QRIDA(Method):
         if self.shadows is not None:
             return self.shadows.layer(index, weights)
         return build_shadow(weights, *self.bits_of(index))
+
+
+def shadow_scorer(shadow: Shadow, weights: MlpWeights) -> Callable[[Tensor], Tensor]:
+    """The estimate from one layer's shadow: x [n, d] -> n^ float32 [n, f]."""
+    return _Router(shadow, weights).scores
 
 
 class _Router:
@@ -285,6 +299,10 @@ def _pair(bits: Any) -> tuple[Any, Any]:
             )
         return bits[0], bits[1]
     return bits, bits
+
+
+def _which(key: str) -> str:
+    return f"fitted shadows {key[:8]}" if key else "the shadows that QRIDA builds"
 
 
 def _brief(bits: Sequence[Any]) -> str:

@@ -6,9 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .._files import write_atomically
+from .._progress import steps
 from ..calibration.calibrate import calibrate
 from ..calibration.thresholds import Thresholds, fingerprint
 from ..errors import ConfigurationError, PatchStateError
@@ -30,7 +29,6 @@ from .router import QUANTILES, LayerRouter, Router
 RANKS = (1 / 16, 1 / 8, 1 / 4)  # of d, tried where no rank is given
 _BATCH = 256
 _RATE = 0.003
-Progress = Callable[[str, int, int], None]
 
 
 def train_router(
@@ -89,7 +87,7 @@ def train_router(
     done = _Partial(out, key)
     layers = {i: layer for i in range(len(sites)) if (layer := done.load(i)) is not None}
     missing = [i for i in range(len(sites)) if i not in layers]
-    with _bar(progress) as show:
+    with steps("router", progress) as show:
         for index, inputs in record(model, sites, missing, parts):
             show(f"layer {index + 1} of {len(sites)}", len(layers), len(sites))
             epsilon = thresholds.layers[index].epsilon
@@ -322,19 +320,3 @@ class _Partial:
             file = self._file(index)
             if file is not None:
                 file.unlink(missing_ok=True)
-
-
-@contextmanager
-def _bar(wanted: bool) -> Iterator[Progress]:
-    if not (wanted and sys.stderr.isatty()):
-        yield lambda text, done, total: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("router: {task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda text, done, total: bar.update(
-            task, description=text, completed=done, total=total
-        )
