@@ -35,7 +35,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "TDA, exact norm": ("product", {"method": "tda"}),
     "TDA, gate (CATS)": ("gate", {"method": TDA(0.0, score="gate")}),
 }
-_VERSION = 1
+_VERSION = 2
 
 
 def run(setting: Setting, report: Report) -> None:

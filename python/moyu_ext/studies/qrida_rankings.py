@@ -22,6 +22,7 @@ from ..shadow.build import build_shadow
 from ..shadow.feedback import build_for
 from ..shadow.pack import BLOCK, Shadow
 from ..shadow.reference import shadow_scores
+from ..shadow.store import Shadows
 from .setting import Setting, Subject
 
 # x [n, d], act(gate) [n, f], a [n, f] (both a(x) where ungated) -> scores [n, f], largest kept.
@@ -29,6 +30,7 @@ Scorer = Callable[[Tensor, Tensor, Tensor], Tensor]
 BITS = ((4, 4), (3, 3), (2, 2), (1, 1), (2, 1), (1, 2), (3, 1))
 EXACT, CATS, SIGNS = "exact norm (TDA)", "gate (CATS)", "gate's signs (SparseInfer)"
 WEIGHTED, STATIC, ROUTER = "gate x c x rms(up)", "static set", "trained router (RODA)"
+OWN = "shadow 2 bits, fitted to own text"
 _ROWS = 8
 
 
@@ -136,6 +138,9 @@ def rankings(
     for pair in ((2, 2), (1, 1)):
         fitted = [build_for(x, w, *pair) for x, w in zip(inputs, weights, strict=True)]
         found.append(shadow_ranking(f"{name_of(pair)}, fitted to text", fitted, weights))
+    tokens = setting.size(4096, 512)
+    own = Shadows.fit(subject.model, 2, max_tokens=tokens, seed=setting.seed, progress=False)
+    found.append(shadow_ranking(OWN, own.layers, weights))
     for bits in (4, 2):
         share = shadow_share(bits, bits, matrices)
         found.append(
