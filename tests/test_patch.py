@@ -289,6 +289,25 @@ def test_report(tiny: Make, prompt: Prompt) -> None:
     assert (again.tokens, again.dense_tokens, again.refreshes) == (0, 0, 0)
 
 
+def test_report_times_single_rows(tiny: Make, prompt: Prompt, monkeypatch) -> None:
+    """2 s for a dense MLP, 1 s for a patched one, by a clock that moves when it is read."""
+    ticks = iter(range(0, 10**15, 10**9))
+    for method in (QRIDA(0.3), SRIDA(0.3)):
+        model = tiny()
+        monkeypatch.setattr("time.perf_counter_ns", lambda: 2 * next(ticks) + 1)
+        patch(model, method)
+        monkeypatch.setattr("time.perf_counter_ns", lambda: next(ticks) + 1)
+        with torch.no_grad():
+            model(prompt(12, batch=2))
+        assert report(model).speedup != report(model).speedup, "nothing had one row: NaN"
+        model.generate(prompt(12), max_new_tokens=4, do_sample=False)
+        shown = report(model, reset=True)
+        assert [(r.seconds, r.dense_seconds) for r in shown.layers] == [(1, 2)] * 3
+        assert shown.speedup == 2 and "2.00x as measured" in str(shown)
+        assert report(model).speedup != report(model).speedup
+        monkeypatch.undo()
+
+
 def test_report_counts_what_was_active(tiny: Make, prompt: Prompt) -> None:
     """TDA's density is the oracle's, layer by layer."""
     dense, model, ids = tiny(), tiny(), prompt(12)

@@ -14,6 +14,7 @@ from torch import nn
 from ..errors import ConfigurationError, PatchStateError, UnsupportedModelError
 from ..methods.base import Method
 from ..methods.qrida import QRIDA
+from .clock import dense_seconds
 from .families import check_hooks, find_mlps
 from .passes import Context, ScoringHooks, SequenceHooks, find_decoder, register
 from .projections import Projection, find_projections
@@ -30,6 +31,7 @@ class _Patch:
 
     method: Method
     mlps: list[SparseMLP]
+    dense_seconds: list[float]
     decoder: nn.Module | None
     context: Context
     hooks: SequenceHooks | None
@@ -89,6 +91,7 @@ def patch(
     chosen = [sites[index] for index in _layer_indices(layers, len(sites))]
     for site in chosen:
         check_hooks(site)
+    dense = dense_seconds(chosen)
     mlps = [SparseMLP(site, method, context, slot) for slot, site in enumerate(chosen)]
     stack = sites[0].stack
     decoder = find_decoder(model, stack)
@@ -102,7 +105,7 @@ def patch(
             )
         hooks = SequenceHooks(decoder, context, mlps, method.min_prompt, method.refresh)
     linears = find_projections(model, sites) if projections else []
-    patched = _Patch(method, mlps, decoder, context, hooks, len(linears))
+    patched = _Patch(method, mlps, dense, decoder, context, hooks, len(linears))
     try:
         for mlp in mlps:
             _install(mlp, patched.undo)
@@ -146,7 +149,7 @@ def report(model: nn.Module, *, reset: bool = False) -> Report:
     """
     patched = _patch_of(model)
     rows = []
-    for mlp in patched.mlps:
+    for mlp, dense_time in zip(patched.mlps, patched.dense_seconds, strict=True):
         active, tokens, dense = (int(t) for t in (mlp.active, mlp.tokens, mlp.dense_tokens))
         density = active / (tokens * mlp.f) if tokens else float("nan")
         site = mlp.site
@@ -166,6 +169,8 @@ def report(model: nn.Module, *, reset: bool = False) -> Report:
                 None if guard is None else guard.report(),
                 added,
                 bytes_share(patched.method.plan, density, matrices) + added / size,
+                mlp.clock.seconds,
+                dense_time,
             )
         )
         if reset:

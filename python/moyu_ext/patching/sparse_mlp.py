@@ -21,6 +21,7 @@ from .. import ops
 from ..errors import PatchStateError
 from ..methods.base import AdaptiveRule, Method, SequenceRule, TokenRule, compact, given
 from ..reference import ACTIVATIONS
+from .clock import Clock
 from .families import MlpSite, MlpWeights
 from .passes import Context, Pass
 from .sequence_state import LayerState
@@ -117,7 +118,7 @@ class SparseMLP(StandIn):
         return self.site.linear(self.site.family.up).weight.device
 
     def reset_counts(self) -> None:
-        """Start the report anew: neurons active, tokens governed, tokens run dense."""
+        """Start the report anew: neurons active, tokens governed, tokens run dense, time."""
         device = self.device
         # Never inference tensors: later forwards may run outside of inference_mode.
         with torch.inference_mode(False):
@@ -125,6 +126,7 @@ class SparseMLP(StandIn):
             self.tokens = torch.zeros(1, dtype=torch.int64, device=device)
             self.dense_tokens = torch.zeros(1, dtype=torch.int64, device=device)
         self.refreshes = 0
+        self.clock = Clock()
 
     def take_layout(self) -> None:
         """Make W_down neuron-major, in place in its parameter, and read the weights again."""
@@ -184,16 +186,24 @@ class SparseMLP(StandIn):
         return self._computed(x, weights, current)
 
     def _token(self, x: Tensor, weights: MlpWeights) -> Tensor:
+        start = self.clock.start()
         rows = x.reshape(-1, self.d)
         out, counts = self.rule.apply(rows, weights)  # type: ignore[union-attr]
         self.active.add_(counts if counts.numel() == 1 else counts.sum())
         self.tokens.add_(rows.shape[0])
+        self.clock.stop(start, rows.shape[0])
         return inference_only(out.view(x.shape))
 
     def _given(self, x: Tensor, weights: MlpWeights, current: Pass) -> Tensor:
         rows = current.batch * current.length
         if rows > ops.MAX_ROWS:
             return self._dense(x, weights)
+        start = self.clock.start()
+        out = self._of_set(x, weights, current)
+        self.clock.stop(start, rows)
+        return out
+
+    def _of_set(self, x: Tensor, weights: MlpWeights, current: Pass) -> Tensor:
         assert current.state is not None
         layer = current.state.layers[self.slot]
         if isinstance(self.rule, AdaptiveRule):
