@@ -86,6 +86,8 @@ def test_one_run_writes_table_picture_and_json(tmp_path: Path) -> None:
         (("--text", "nowhere.txt"), "cannot read the file 'nowhere.txt'"),
         (("--router", "nowhere"), "cannot read nowhere"),
         (("--context", 4000), "no text has 4012 tokens"),
+        (("--density", 1.5), "density is 1.5; expected a number in (0, 1]"),
+        (("--cett", 1), "cett is 1.0; expected a number in [0, 1)"),
     ],
 )
 @pytest.mark.usefixtures("no_data")
@@ -184,6 +186,21 @@ def test_the_user_s_artefacts_are_part_of_the_key(tiny) -> None:
     shop.experts = split_experts(model, WordTokenizer(), TEXTS, split="random", seed=1, **options)
     second = points(shop, ["rida", "dense"])
     assert first[0].basis != second[0].basis and first[3].basis == second[3].basis == ""
+
+
+@pytest.mark.usefixtures("no_data")
+def test_the_points_that_are_asked_for(tmp_path: Path) -> None:
+    args = ("eval", "stories_silu", "--out", tmp_path / "eval", *QUICK)
+    points = ("-d", 0.25, "--density", 0.6, "--cett", 0.3)
+    code, output = run(*args, *points, "--methods", "tda,srida,qrida-fitted")
+    assert code == 0, output
+    rows = json.loads((tmp_path / "eval" / "eval.json").read_text())["rows"]
+    names = ["TDA", "sRIDA", "sRIDA", "QRIDA, 2 bits, fitted", "QRIDA, 2 bits, fitted"]
+    settings = ["CETT 0.3", "density 0.25", "density 0.6", "density 0.25", "density 0.6"]
+    assert [(row["method"], row["setting"]) for row in rows] == list(
+        zip(names, settings, strict=True)
+    )
+    assert rows[4]["density"] == pytest.approx(0.6, abs=0.01)
 
 
 def test_gate_quantiles_drop_what_relu_makes_zero(tiny, prompt) -> None:

@@ -122,12 +122,17 @@ def _method(method: Any) -> tuple[str, str, Any]:
     return name, getattr(method, "score", "product") if name == "tda" else "product", method
 
 
-def _check(cett: float, max_tokens: int, on: str, granularity: str, name: str) -> None:
+def check_target(cett: float) -> None:
+    """Raise ConfigurationError unless cett is a number in [0, 1)."""
     if isinstance(cett, bool) or not isinstance(cett, (int, float)) or not 0 <= cett < 1:
         raise ConfigurationError(
             f"cett is {cett!r}; expected a number in [0, 1), such as 0.2: the error of the MLP's "
             "output relative to it. At 1 every neuron may go, so nothing is left to calibrate"
         )
+
+
+def _check(cett: float, max_tokens: int, on: str, granularity: str, name: str) -> None:
+    check_target(cett)
     if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
         raise ConfigurationError(f"max_tokens is {max_tokens!r}; expected an integer >= 1")
     if on not in ("token", "continuation"):

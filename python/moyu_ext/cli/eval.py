@@ -28,8 +28,8 @@ def eval(
     methods: Annotated[
         str | None,
         typer.Option(
-            help="Comma-separated: dense, tda, cats, stda, srida, griffin, qrida, roda, "
-            "roda-online, rida, or all. Default: those that need no training, and the input "
+            help="Comma-separated: dense, tda, cats, stda, srida, griffin, qrida, qrida-fitted, "
+            "roda, roda-online, rida, or all. Default: those that need no training, and the input "
             "thresholds of TEAL for comparison."
         ),
     ] = None,
@@ -59,6 +59,23 @@ def eval(
     data: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Data folder with bench, summ, train_mix (or MOYU_DATA)."),
+    ] = None,
+    density: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--density",
+            "-d",
+            help="Density to measure methods that rank at, may be repeated. Default: five of them.",
+            show_default=False,
+        ),
+    ] = None,
+    cett: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="CETT target to measure methods with thresholds at, may be repeated. Default: "
+            "five of them.",
+            show_default=False,
+        ),
     ] = None,
     router: Annotated[
         Path | None, typer.Option(metavar="DIR", help="From `moyu train-router`, for roda.")
@@ -92,24 +109,32 @@ def eval(
     Examples
         moyu eval stories_silu --out eval
         moyu eval stories_relu --methods tda,srida,roda --router router
+        moyu eval stories_silu --methods qrida,cats -d 0.2 -d 0.33
         moyu eval ./Llama-2-7b-hf --tasks mmlu,winogrande --summaries xsum --limit 100 --data data
     """
     common.check_json(json)
     common.make_directory(out)
+    from ..calibration.calibrate import check_target
     from ..evaluation import evaluate, picture
     from ..evaluation.corpus import Corpus
     from ..evaluation.curves import CURVES, TRAINED, Workshop, check_names, points
     from ..evaluation.tasks import check_tasks
+    from ..methods.base import check_density
 
     corpus = Corpus(data, text or ())
     names = _names(methods) or [name for name in CURVES if name not in TRAINED]
     names = list(CURVES) if names == ["all"] else names
     check_names(names)
+    for value in density or ():
+        check_density(value)
+    for value in cett or ():
+        check_target(value)
     # Said now, rather than after the work.
     check_tasks(_names(tasks), corpus.data)
     items = _items(corpus, _names(summaries), limit)
     lm, tokenizer = common.load_model(model, dtype, device)
     shop = Workshop(lm, tokenizer, corpus.documents(train=True), seed=seed, log=_log)
+    shop.densities, shop.targets = density or (), cett or ()
     if router is not None:
         from ..routers.router import Router
 

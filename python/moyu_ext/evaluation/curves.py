@@ -30,6 +30,7 @@ from ..routers.experts import Experts
 from ..routers.router import Router
 from ..routers.split import SPLITS, split_experts
 from ..routers.train import train_router
+from ..shadow.store import Shadows
 
 TARGETS = (0.05, 0.1, 0.2, 0.35, 0.5)  # of CETT
 DENSITIES = (0.1, 0.2, 0.33, 0.5, 0.7)
@@ -57,7 +58,8 @@ class Workshop:
     """Makes what methods need on one model, when it is asked for, once.
 
     texts: to calibrate and train on, a list of strings or None for the model's own. router and
-    experts: where they are at hand already.
+    experts: where they are at hand already. densities, targets of CETT: the points of each curve,
+    where they are not the usual ones.
     """
 
     model: Any
@@ -68,6 +70,8 @@ class Workshop:
     router_tokens: int = 16384
     router: Router | None = None
     experts: Experts | None = None
+    densities: Sequence[float] = ()
+    targets: Sequence[float] = ()
     log: Callable[[str], None] = lambda text: None
     _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
 
@@ -153,6 +157,19 @@ class Workshop:
         found: Router = self.once("router", lambda: self.router or make())
         return found
 
+    def fitted(self) -> Shadows:
+        """Shadows of 2 bits, fitted to the texts."""
+
+        def make() -> Shadows:
+            self.log("fitting shadows")
+            return Shadows.fit(
+                self.model, 2, self.tokenizer, self.texts, max_tokens=self.tokens, seed=self.seed,
+                progress=False,
+            )  # fmt: skip
+
+        found: Shadows = self.once("fitted", make)
+        return found
+
     def split(self, how: str) -> Experts:
         """The experts at hand, if split like this, or a split made here."""
         if self.experts is not None and self.experts.split == how:
@@ -216,44 +233,56 @@ def _digest(artefact: Router | Experts | None) -> str:
     return sha.hexdigest()[:16]
 
 
-def _by_target(curve: str, make: Callable[[float], Method]) -> list[Point]:
-    return [Point(curve, f"CETT {cett}", lambda cett=cett: make(cett)) for cett in TARGETS]  # type: ignore[misc]
+def _by_target(shop: Workshop, curve: str, make: Callable[[float], Method]) -> list[Point]:
+    targets = shop.targets or TARGETS
+    return [Point(curve, f"CETT {cett}", lambda cett=cett: make(cett)) for cett in targets]  # type: ignore[misc]
 
 
 def _by_density(
-    curve: str, make: Callable[[float], Method], densities: Sequence[float] = DENSITIES
+    shop: Workshop,
+    curve: str,
+    make: Callable[[float], Method],
+    usual: Sequence[float] = DENSITIES,
 ) -> list[Point]:
+    densities = shop.densities or usual
     return [Point(curve, f"density {d}", lambda d=d: make(d)) for d in densities]  # type: ignore[misc]
 
 
 CURVES: dict[str, Callable[[Workshop], list[Point]]] = {
     "dense": lambda shop: [Point("dense", "", Dense)],
-    "tda": lambda shop: _by_target("TDA", lambda cett: TDA(shop.thresholds(cett))),
+    "tda": lambda shop: _by_target(shop, "TDA", lambda cett: TDA(shop.thresholds(cett))),
     "cats": lambda shop: _by_density(
-        "TDA gate (CATS)", lambda d: TDA(shop.gate_quantiles(d), score="gate")
+        shop, "TDA gate (CATS)", lambda d: TDA(shop.gate_quantiles(d), score="gate")
     ),
     "stda": lambda shop: [
-        *_by_target("sTDA, token eps", lambda cett: STDA(shop.thresholds(cett))),
+        *_by_target(shop, "sTDA, token eps", lambda cett: STDA(shop.thresholds(cett))),
         *_by_target(
+            shop,
             "sTDA, continuation eps",
             lambda cett: STDA(shop.thresholds(cett, "stda", "continuation")),
         ),
     ],
-    "srida": lambda shop: _by_density("sRIDA", lambda d: SRIDA(d)),
-    "griffin": lambda shop: _by_density("sRIDA, GRIFFIN score", lambda d: SRIDA(d, "griffin")),
-    "qrida": lambda shop: _by_density("QRIDA, 2 bits", lambda d: QRIDA(d)),
+    "srida": lambda shop: _by_density(shop, "sRIDA", lambda d: SRIDA(d)),
+    "griffin": lambda shop: _by_density(
+        shop, "sRIDA, GRIFFIN score", lambda d: SRIDA(d, "griffin")
+    ),
+    "qrida": lambda shop: _by_density(shop, "QRIDA, 2 bits", lambda d: QRIDA(d)),
+    "qrida-fitted": lambda shop: _by_density(
+        shop, "QRIDA, 2 bits, fitted", lambda d: QRIDA(d, shadows=shop.fitted())
+    ),
     "roda": lambda shop: [
         Point("RODA", "trained recall", lambda: RODA(shop.trained_router())),
-        *_by_density("RODA", lambda d: RODA(shop.trained_router(), d)),
+        *_by_density(shop, "RODA", lambda d: RODA(shop.trained_router(), d)),
     ],
     "roda-online": lambda shop: [
         Point("RODA online", "trained recall", lambda: OnlineRODA(shop.trained_router())),
-        *_by_density("RODA online", lambda d: OnlineRODA(shop.trained_router(), d)),
+        *_by_density(shop, "RODA online", lambda d: OnlineRODA(shop.trained_router(), d)),
     ],
     "rida": lambda shop: [
         point
         for how in ((shop.experts.split,) if shop.experts is not None else SPLITS)
         for point in _by_density(
+            shop,
             f"RIDA, {how}",
             lambda d, how=how: RIDA(shop.split(how), d),  # type: ignore[misc]
             (0.25, 0.5, 0.75),
