@@ -34,7 +34,7 @@ help:
 	@echo "make test-all   also the slow ones, and the C++ tests, plain and with sanitizers"
 	@echo "make lint       ruff, mypy, clang-format; make format applies them"
 	@echo "make bench      speed of one MLP at the size of LLaMA-2-7B"
-	@echo "make study      the paper's claims tested on small models, about 25 minutes, into studies/"
+	@echo "make study      the numbers of docs/findings.md, about half an hour, into studies/"
 	@echo "make clean      remove what was built (.venv stays)"
 
 demo: setup
@@ -49,13 +49,10 @@ test-all: setup cpp-test cpp-test-sanitize
 bench: setup
 	$(PY) -m moyu_ext bench mlp
 
-# The numbers of docs/findings_studies.md, from seeds; stories260K's where MOYU_DATA is set.
 STUDIES ?= studies
 study: setup
-	@for s in gradient training history inertia heavy-hitters tables; do \
-	  MOYU_DATA= $(PY) -m moyu_ext study $$s --out $(STUDIES)/twins || exit 1; done
-	@[[ -z "$$MOYU_DATA" ]] || for s in gradient history inertia heavy-hitters tables; do \
-	  $(PY) -m moyu_ext study $$s --model stories260K --out $(STUDIES)/stories260K || exit 1; done
+	@[[ -z "$$MOYU_DATA" ]] || $(PY) -m pip install --quiet --editable '.[eval]'
+	@PYTHON=$(abspath $(PY)) tools/study.sh $(STUDIES)
 
 setup: $(INSTALLED)
 
