@@ -91,7 +91,7 @@ def test_damaged_files_raise(tmp_path: Path, name: str, damage: str) -> None:
     ("key", "value", "message"),
     [
         ("format_version", 99, "format version 99"),
-        ("kind", "router", "does not describe thresholds"),
+        ("kind", "router", "describes router, expected thresholds"),
         ("layers", [{"epsilon": 1.0}], "does not describe thresholds"),
         ("layers", None, "does not describe thresholds"),
         ("score", "griffin", "score"),

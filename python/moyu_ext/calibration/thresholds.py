@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import math
 import os
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from .._files import write_atomically
+from .. import _artifact
 from ..errors import ArtifactError, ConfigurationError, UnsupportedModelError
 
 FORMAT_VERSION = 1
-CONFIG_FILE = "moyu_config.json"
-TENSOR_FILE = "moyu.safetensors"
+_AGAIN = "calibrate again"
 _SAMPLES_PER_TENSOR = 256
 
 
@@ -108,19 +102,9 @@ class Thresholds:
         return sum(layer.density for layer in self.layers) / len(self.layers)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Write `moyu_config.json` and `moyu.safetensors`, each atomically.
-
-        The configuration carries the checksum of the tensors, so that an interrupted save over an
-        older artefact is found when it is loaded.
-        """
-        tensors = safetensors.torch.save({"epsilon": self.epsilon})
+        """Write `moyu_config.json` and `moyu.safetensors`, each atomically."""
         config = dataclasses.asdict(self)
-        config["kind"] = "thresholds"
-        config["tensors_sha256"] = hashlib.sha256(tensors).hexdigest()
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / TENSOR_FILE, tensors)
-        write_atomically(folder / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
+        _artifact.save(directory, "thresholds", config, {"epsilon": self.epsilon})
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str]) -> Thresholds:
@@ -129,19 +113,19 @@ class Thresholds:
         Raises ArtifactError where a file is missing, truncated, corrupt, from another save, or of
         a format that this version does not read.
         """
-        folder = Path(directory)
-        config = _read_config(folder)
-        epsilon = _read_epsilon(folder, config.pop("tensors_sha256"))
+        config, tensors = _artifact.load(directory, "thresholds", FORMAT_VERSION, _AGAIN)
         try:
             layers = tuple(LayerThreshold(**layer) for layer in config.pop("layers"))
             thresholds = cls(layers=layers, **config)
-        except (TypeError, ConfigurationError) as error:
+            epsilon = tensors["epsilon"]
+        except (TypeError, KeyError, ConfigurationError) as error:
             raise ArtifactError(
-                f"{folder / CONFIG_FILE} does not describe thresholds ({error}); calibrate again"
+                f"{directory} does not describe thresholds ({error}); {_AGAIN}"
             ) from error
         if not torch.equal(epsilon, thresholds.epsilon):
             raise ArtifactError(
-                f"{folder}: epsilon in {TENSOR_FILE} and in {CONFIG_FILE} differ; calibrate again"
+                f"{directory}: epsilon in {_artifact.TENSOR_FILE} and in {_artifact.CONFIG_FILE} "
+                f"differ; {_AGAIN}"
             )
         return thresholds
 
@@ -183,50 +167,3 @@ def _sample(tensor: Tensor) -> bytes:
     # Logical positions, never memory order: a patched W_down has other strides.
     values = tensor[torch.unravel_index(flat, tensor.shape)] if tensor.dim() else tensor
     return values.to(torch.bfloat16).cpu().contiguous().view(torch.uint8).numpy().tobytes()
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ArtifactError(
-            f"cannot read {path} ({error.strerror}); expected a folder written by save_pretrained "
-            f"with {CONFIG_FILE} and {TENSOR_FILE}"
-        ) from error
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_FILE
-    try:
-        config = json.loads(_read_bytes(path))
-    except ValueError as error:
-        raise ArtifactError(
-            f"{path} is truncated or not JSON ({error}); calibrate again"
-        ) from error
-    if not isinstance(config, dict) or config.pop("kind", None) != "thresholds":
-        raise ArtifactError(f"{path} does not describe thresholds; calibrate again")
-    version = config.get("format_version")
-    if version != FORMAT_VERSION:
-        raise ArtifactError(
-            f"{path} has format version {version!r}, this moyu_ext reads {FORMAT_VERSION}; "
-            "calibrate again, or use the moyu_ext that wrote it"
-        )
-    missing = {"layers", "cett", "fingerprint", "tensors_sha256"} - config.keys()
-    if missing:
-        raise ArtifactError(f"{path} lacks {sorted(missing)}; calibrate again")
-    return config
-
-
-def _read_epsilon(folder: Path, expected_sha256: str) -> Tensor:
-    path = folder / TENSOR_FILE
-    content = _read_bytes(path)
-    actual = hashlib.sha256(content).hexdigest()
-    if actual != expected_sha256:
-        raise ArtifactError(
-            f"{path} is truncated, corrupt or from another save: its SHA-256 is {actual}, "
-            f"{CONFIG_FILE} expects {expected_sha256}; calibrate again"
-        )
-    try:
-        return safetensors.torch.load(content)["epsilon"]
-    except (SafetensorError, KeyError) as error:
-        raise ArtifactError(f"{path} holds no epsilon ({error}); calibrate again") from error

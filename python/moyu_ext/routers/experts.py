@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import _artifact
 from ..errors import ConfigurationError
-from . import artifact
 
 FORMAT_VERSION = 1
 _AGAIN = "split the model again (`moyu split-experts MODEL`)"
@@ -67,7 +67,7 @@ class Experts:
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write `moyu_config.json` and `moyu.safetensors`, each atomically."""
-        artifact.save_layers(directory, "experts", self, _TENSORS)
+        _artifact.save_layers(directory, "experts", self, _TENSORS)
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str]) -> Experts:
@@ -76,6 +76,6 @@ class Experts:
         Raises ArtifactError where a file is missing, truncated, corrupt, from another save, or of
         a format that this version does not read.
         """
-        return artifact.load_layers(
+        return _artifact.load_layers(
             directory, "experts", cls, LayerExperts, _TENSORS, FORMAT_VERSION, _AGAIN
         )

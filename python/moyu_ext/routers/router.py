@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .. import _artifact
 from ..errors import ConfigurationError
-from . import artifact
 
 FORMAT_VERSION = 1
 QUANTILES = 201  # of the scores, kept so that a density can be asked for later
@@ -87,7 +87,7 @@ class Router:
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write `moyu_config.json` and `moyu.safetensors`, each atomically."""
-        artifact.save_layers(directory, "router", self, _TENSORS)
+        _artifact.save_layers(directory, "router", self, _TENSORS)
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str]) -> Router:
@@ -96,6 +96,6 @@ class Router:
         Raises ArtifactError where a file is missing, truncated, corrupt, from another save, or of
         a format that this version does not read.
         """
-        return artifact.load_layers(
+        return _artifact.load_layers(
             directory, "router", cls, LayerRouter, _TENSORS, FORMAT_VERSION, _AGAIN
         )

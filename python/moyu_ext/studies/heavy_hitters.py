@@ -377,9 +377,7 @@ def _claim(
         f"{model} " + ", ".join(f"{name} {_cell(value)}" for name, value in values.items())
         for model, values in found.items()
     )
-    verdict = "holds" if len(held) == len(found) else "holds only if" if held else "fails"
-    condition = f"the model is {' or '.join(held)}" if verdict == "holds only if" else ""
-    report.claim(source, claim, prefix + text, verdict, condition)
+    report.judged(source, claim, prefix + text, held, found)
 
 
 def _cell(value: Any) -> str:

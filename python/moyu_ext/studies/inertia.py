@@ -166,7 +166,7 @@ def _focus_claims(report: Report, names: list[str]) -> None:
             held = [
                 n for n, m in found.items() if min(direction * m["low"], direction * m["high"]) > 0
             ]
-            report.claim(
+            report.judged(
                 "Figures 1-4",
                 claim.format("more alike sets" if direction > 0 else "fewer neurons"),
                 f"difference in {unit}: "
@@ -174,6 +174,6 @@ def _focus_claims(report: Report, names: list[str]) -> None:
                     f"{n} {m['mean']:+.3f} [{m['low']:+.3f}, {m['high']:+.3f}] (p = {m['p']:.2g})"
                     for n, m in found.items()
                 ),
-                "holds" if len(held) == len(found) else "holds only if" if held else "fails",
-                f"the model is {' or '.join(held)}" if 0 < len(held) < len(found) else "",
+                held,
+                found,
             )

@@ -114,7 +114,7 @@ def _overlap_report(report: Report, overlaps: dict[str, Any], lags: list[int]) -
     )
     gains = {name: m["next token over other text"] for name, m in overlaps.items()}
     held = [name for name, m in gains.items() if m["low"] > 0]
-    report.claim(
+    report.judged(
         "section 3.2.2",
         "inertia: consecutive tokens share more active neurons than unrelated ones",
         "; ".join(
@@ -123,8 +123,8 @@ def _overlap_report(report: Report, overlaps: dict[str, Any], lags: list[int]) -
             f"p = {m['p']:.2g})"
             for name, m in gains.items()
         ),
-        "holds" if len(held) == len(gains) else "holds only if" if held else "fails",
-        f"the model is {' or '.join(held)}" if 0 < len(held) < len(gains) else "",
+        held,
+        gains,
     )
 
 
@@ -160,17 +160,15 @@ def _coverage_report(
     half = {name: found[f"prompt {SIZES[-1]}"]["all"] for name, found in coverage.items()}
     gains = {name: found[f"gain {SIZES[-1]}"] for name, found in coverage.items()}
     good = [name for name, share in half.items() if share >= 0.9]
-    report.claim(
+    report.judged(
         "section 3.2.3",
         "the neurons that a prompt uses are those that the text after it needs",
-        f"share of later active neurons in the prompt's top {SIZES[-1]:.0%}: "
+        f"share of later active neurons in the prompt's top {SIZES[-1]:.0%} (0.9 asked): "
         + "; ".join(
             f"{name} {share:.2f} (a static set of that size: {share - gains[name]['mean']:.2f}, "
             f"p = {gains[name]['p']:.2g})"
             for name, share in half.items()
         ),
-        "holds" if len(good) == len(half) else "holds only if" if good else "fails",
-        f"(share of at least 0.9) the model is {' or '.join(good)}"
-        if 0 < len(good) < len(half)
-        else "",
+        good,
+        half,
     )

@@ -276,36 +276,30 @@ def _claims(report: Report) -> None:
     """The targets that were set for the method."""
     at = DENSITIES.index(0.33)
     for label, limit in TARGETS.items():
-        measured, met = [], []
-        for name, domains in report.numbers.items():
-            for domain, found in domains.items():
-                point = found["quality"][label][at]
-                measured.append(f"{name}, {domain} {percent(point)}")
-                met.append((f"{name} on {domain}", point["increase"] <= limit))
-        _verdict(
-            report,
+        points = {
+            f"{name} on {domain}": found["quality"][label][at]
+            for name, domains in report.numbers.items()
+            for domain, found in domains.items()
+        }
+        report.judged(
+            "QRIDA, target",
             f"{label}: perplexity at density 0.33 at most {limit:.1%} above dense",
-            measured,
-            met,
+            "; ".join(f"{where} {percent(point)}" for where, point in points.items()),
+            [where for where, point in points.items() if point["increase"] <= limit],
+            points,
         )
     for label in ("shadow 2 bits", OWN, FITTED):
         recalls = {
             name: _mean(next(iter(domains.values()))["recall"][label]["0.33"]["recall"])
             for name, domains in report.numbers.items()
         }
-        _verdict(
-            report,
+        report.judged(
+            "QRIDA, target",
             f"{label}: recall of the exact top-k at density 0.33 at least {RECALL}",
-            [f"{name} {value:.3f}" for name, value in recalls.items()],
-            [(name, value >= RECALL) for name, value in recalls.items()],
+            "; ".join(f"{name} {value:.3f}" for name, value in recalls.items()),
+            [name for name, value in recalls.items() if value >= RECALL],
+            recalls,
         )
-
-
-def _verdict(report: Report, claim: str, measured: list[str], met: list[tuple[str, bool]]) -> None:
-    held = [name for name, ok in met if ok]
-    verdict = "holds" if len(held) == len(met) else "holds only if" if held else "fails"
-    condition = f"the model and text is {' or '.join(held)}" if verdict == "holds only if" else ""
-    report.claim("QRIDA, target", claim, "; ".join(measured), verdict, condition)
 
 
 def _trinity(report: Report) -> None:

@@ -181,32 +181,33 @@ def _claims(report: Report) -> None:
             TOKENS_ONLY,
         ),
     ):
-        measured, better = [], []
-        for name, found in report.numbers.items():
-            for values in found["choice"].values():
-                a, b = values["arms"][one], values["arms"][other]
-                at = f"{name} at density {a['density']:.2f}"
-                measured.append(f"{at} {percent(a)} against {percent(b)}")
-                better.append((at, a["increase"] + a["error"] < b["increase"]))
-        _add(report, source, claim, measured, better)
-    measured, better = [], []
+        pairs = {
+            f"{name} at density {values['arms'][one]['density']:.2f}": (
+                values["arms"][one],
+                values["arms"][other],
+            )
+            for name, found in report.numbers.items()
+            for values in found["choice"].values()
+        }
+        report.judged(
+            source,
+            claim,
+            "; ".join(f"{at} {percent(a)} against {percent(b)}" for at, (a, b) in pairs.items()),
+            [at for at, (a, b) in pairs.items() if a["increase"] + a["error"] < b["increase"]],
+            pairs,
+        )
+    ratios = {}
     for name, found in report.numbers.items():
         shares = {k: v["bytes"] for k, v in found["budget"].items() if "bytes" in v}
         others = [share for k, share in shares.items() if k.startswith("TDA")]
         mine = [share for k, share in shares.items() if k.startswith("QRIDA")]
         if mine and others:
-            ratio = min(others) / min(mine)
-            measured.append(f"{name} {ratio:.2f} times fewer")
-            better.append((name, ratio >= 1.3))
-    if measured:
-        claim = "at perplexity +1 % QRIDA reads 1.3 times fewer bytes than the best of TDA and CATS"
-        _add(report, "QRIDA", claim, measured, better)
-
-
-def _add(
-    report: Report, source: str, claim: str, measured: list[str], met: list[tuple[str, bool]]
-) -> None:
-    held = [name for name, ok in met if ok]
-    verdict = "holds" if len(held) == len(met) else "holds only if" if held else "fails"
-    condition = f"it is {', '.join(held)}" if verdict == "holds only if" else ""
-    report.claim(source, claim, "; ".join(measured), verdict, condition)
+            ratios[name] = min(others) / min(mine)
+    if ratios:
+        report.judged(
+            "QRIDA",
+            "at perplexity +1 % QRIDA reads 1.3 times fewer bytes than the best of TDA and CATS",
+            "; ".join(f"{name} {ratio:.2f} times fewer" for name, ratio in ratios.items()),
+            [name for name, ratio in ratios.items() if ratio >= 1.3],
+            ratios,
+        )

@@ -254,20 +254,17 @@ def _claims(report: Report) -> None:
         ("hold 64", hold, _mean, True),
         ("hold 64", every, _worst, True),
     ):
-        measured, met = [], []
-        for name, found in report.numbers.items():
-            for text, modes in list(found["texts"].items())[1:]:
-                off = value(modes[mode], found)
-                measured.append(f"{name} on {text} {off:+.0%}")
-                met.append((f"{name} on {text}", (abs(off) <= WITHIN) == wanted))
-        held = [name for name, ok in met if ok]
-        verdict = "holds" if len(held) == len(met) else "holds only if" if held else "fails"
-        report.claim(
+        off = {
+            f"{name} on {text}": value(modes[mode], found)
+            for name, found in report.numbers.items()
+            for text, modes in list(found["texts"].items())[1:]
+        }
+        report.judged(
             "QRIDA, guard",
             claim,
-            "; ".join(measured),
-            verdict,
-            f"it is {' or '.join(held)}" if verdict == "holds only if" else "",
+            "; ".join(f"{where} {share:+.0%}" for where, share in off.items()),
+            [where for where, share in off.items() if (abs(share) <= WITHIN) == wanted],
+            off,
         )
 
 

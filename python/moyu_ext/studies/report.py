@@ -82,7 +82,7 @@ class Report:
     def judged(
         self, source: str, claim: str, measured: str, held: Sequence[str], among: Collection[str]
     ) -> None:
-        """Add a claim that held for some (`held`) of the models `among`."""
+        """Add a claim that held for some (`held`) of the models, or models and texts, `among`."""
         some = 0 < len(held) < len(among)
         verdict = "holds only if" if some else "holds" if held else "fails"
         condition = f"the model is {' or '.join(held)}" if some else ""

@@ -14,8 +14,8 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from .._files import write_atomically
-from ..errors import ArtifactError, ConfigurationError
+from ._files import write_atomically
+from .errors import ArtifactError, ConfigurationError
 
 CONFIG_FILE = "moyu_config.json"
 TENSOR_FILE = "moyu.safetensors"
@@ -41,7 +41,7 @@ def save(
 def load(
     directory: str | os.PathLike[str], kind: str, version: int, again: str
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The configuration and the tensors. `again` says how to make the artefact anew.
+    """The configuration that was saved, and the tensors. `again`: how to make the artefact anew.
 
     Raises ArtifactError where a file is missing, truncated, corrupt, of another kind, from another
     save or of another format version.
@@ -49,11 +49,11 @@ def load(
     folder = Path(directory)
     config = _config(folder, kind, version, again)
     content = _read(folder / TENSOR_FILE, kind)
-    actual = hashlib.sha256(content).hexdigest()
-    if actual != config["tensors_sha256"]:
+    actual, expected = hashlib.sha256(content).hexdigest(), config.pop("tensors_sha256")
+    if actual != expected:
         raise ArtifactError(
             f"{folder / TENSOR_FILE} is truncated, corrupt or from another save: its SHA-256 is "
-            f"{actual}, {CONFIG_FILE} expects {config['tensors_sha256']}; {again}"
+            f"{actual}, {CONFIG_FILE} expects {expected}; {again}"
         )
     try:
         return config, safetensors.torch.load(content)
@@ -88,8 +88,6 @@ def load_layers(
 ) -> T:
     """What `save_layers` wrote, made anew. Raises ArtifactError, see `load`."""
     config, found = load(directory, kind, version, again)
-    for extra in ("kind", "tensors_sha256"):
-        config.pop(extra)
     try:
         layers = tuple(
             make_layer(**numbers, **{name: found[f"{index}.{name}"] for name in tensors})
@@ -114,7 +112,7 @@ def _config(folder: Path, kind: str, version: int, again: str) -> dict[str, Any]
         config = json.loads(content)
     except ValueError as error:
         raise ArtifactError(f"{path} is truncated or not JSON ({error}); {again}") from error
-    found = config.get("kind") if isinstance(config, dict) else None
+    found = config.pop("kind", None) if isinstance(config, dict) else None
     if found != kind:
         raise ArtifactError(
             f"{path} describes {found or 'nothing known'}, expected {kind}; {again}"
@@ -126,7 +124,7 @@ def _config(folder: Path, kind: str, version: int, again: str) -> dict[str, Any]
         )
     if "tensors_sha256" not in config:
         raise ArtifactError(f"{path} lacks tensors_sha256; {again}")
-    return dict(config)
+    return config
 
 
 def _read(path: Path, kind: str) -> bytes:
