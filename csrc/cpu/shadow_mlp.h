@@ -183,12 +183,6 @@ inline void score_part(const Mlp& mlp, const Shadow& shadow, const QuantizedInpu
   }
 }
 
-// Neurons are scored a share at a time by whichever thread is free, so that none waits for one that
-// the machine took away: a score does not depend on who computes it.
-constexpr int64_t kShare = 256;
-inline int64_t shares_of(int64_t f) { return (f + kShare - 1) / kShare; }
-inline Range share(int64_t i, int64_t f) { return {i * kShare, std::min(f, (i + 1) * kShare)}; }
-
 // Non-negative floats order like their bits; a NaN counts as the largest.
 MOYU_INLINE uint32_t order_of(float score) {
   uint32_t bits;
@@ -265,9 +259,8 @@ void shadow_scores_of(const Mlp& mlp, const Shadow& shadow, float* scores, float
     const int64_t rows = std::min(kMaxRows, mlp.rows - first);
     const QuantizedInput q = quantize_input(static_cast<const T*>(mlp.x) + first * mlp.d, rows,
                                             mlp.d, aligned<float>(workspace));
-#pragma omp parallel for schedule(dynamic) num_threads(threads_for(bytes))
-    for (int64_t i = 0; i < shares_of(mlp.f); ++i)
-      score_part<T>(mlp, shadow, q, share(i, mlp.f), scores + first * mlp.f);
+#pragma omp parallel num_threads(threads_for(bytes))
+    score_part<T>(mlp, shadow, q, split(mlp.f, thread_id(), team_size()), scores + first * mlp.f);
   }
 }
 
@@ -288,9 +281,8 @@ void shadow_mlp_of(const Mlp& mlp, const Shadow& shadow, const float* epsilon, i
     int32_t count = 0;
 #pragma omp parallel num_threads(threads_for(bytes))
     {
-#pragma omp for schedule(dynamic)
-      for (int64_t i = 0; i < shares_of(f); ++i)
-        score_part<T>(mlp, shadow, q, share(i, f), scores);  // and an implied barrier
+      score_part<T>(mlp, shadow, q, split(f, thread_id(), team_size()), scores);
+#pragma omp barrier
 #pragma omp single
       {
         for (int64_t r = 0; r < m.rows; ++r)
