@@ -88,6 +88,7 @@ def test_one_run_writes_table_picture_and_json(tmp_path: Path) -> None:
         (("--context", 4000), "no text has 4012 tokens"),
         (("--density", 1.5), "density is 1.5; expected a number in (0, 1]"),
         (("--cett", 1), "cett is 1.0; expected a number in [0, 1)"),
+        (("--methods", "tda", "-d", 0.3), "--density is given, but none of tda is measured by"),
     ],
 )
 @pytest.mark.usefixtures("no_data")
@@ -191,7 +192,7 @@ def test_the_user_s_artefacts_are_part_of_the_key(tiny) -> None:
 @pytest.mark.usefixtures("no_data")
 def test_the_points_that_are_asked_for(tmp_path: Path) -> None:
     args = ("eval", "stories_silu", "--out", tmp_path / "eval", *QUICK)
-    points = ("-d", 0.25, "--density", 0.6, "--cett", 0.3)
+    points = ("-d", 0.25, "--density", 0.6, "-d", 0.25, "--cett", 0.3)
     code, output = run(*args, *points, "--methods", "tda,srida,qrida-fitted")
     assert code == 0, output
     rows = json.loads((tmp_path / "eval" / "eval.json").read_text())["rows"]

@@ -260,6 +260,14 @@ def test_bad_arguments_raise(case):
         ops.sparse_mlp(**m, activation="silu")
 
 
+def test_indices_and_count_belong_together():
+    m = make(24, 16, 2, torch.float32)
+    indices, count = pick(16, 0.5)
+    for pair in ((indices, None), (None, count)):
+        with pytest.raises(RuntimeError, match="gather_gemv: indices and count are given together"):
+            ops.gather_gemv(m["x"], m["up"], *pair)
+
+
 def test_unknown_names_raise():
     m = make(24, 16, 2, torch.float32)
     with pytest.raises(RuntimeError, match="'swish'"):

@@ -305,7 +305,19 @@ def test_report_times_single_rows(tiny: Make, prompt: Prompt, monkeypatch) -> No
         assert [(r.seconds, r.dense_seconds) for r in shown.layers] == [(1, 2)] * 3
         assert shown.speedup == 2 and "2.00x as measured" in str(shown)
         assert report(model).speedup != report(model).speedup
+        model.generate(prompt(12), max_new_tokens=4, do_sample=False)
+        assert report(model).speedup == 2
+        model.to(torch.bfloat16)
+        model.generate(prompt(12), max_new_tokens=4, do_sample=False)
+        shown = report(model)
+        assert shown.layers[0].seconds == 1 and shown.speedup != shown.speedup, "another dtype"
         monkeypatch.undo()
+
+
+def test_report_where_nothing_is_active(tiny: Make, prompt: Prompt) -> None:
+    model = patch(tiny(), STDA(1e9))
+    model.generate(prompt(12), max_new_tokens=4, do_sample=False)
+    assert report(model).density == 0 and "at most infx" in str(report(model))
 
 
 def test_report_counts_what_was_active(tiny: Make, prompt: Prompt) -> None:

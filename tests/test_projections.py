@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -88,12 +89,26 @@ def test_state_dict_and_copies_are_the_models(tiny: Make) -> None:
 
 
 def test_a_decode_step_compiles(tiny: Make, prompt: Prompt) -> None:
-    model = patch(tiny(), Dense(), projections=True)
+    plain, model = tiny(), patch(tiny(), Dense(), projections=True)
+    nodes: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        nodes.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
     torch._dynamo.reset()
-    step = torch.compile(model, fullgraph=True, backend="eager")
+    step = torch.compile(model, fullgraph=True, backend=backend)
     with torch.no_grad():
         ids = prompt(1)
-        torch.testing.assert_close(step(ids).logits, model(ids).logits)
+        torch.testing.assert_close(step(ids).logits, plain(ids).logits)
+    assert nodes.count("moyu_ext.gather_gemv.default") == 13
+
+
+def test_autocast_is_left_to_torch(tiny: Make, prompt: Prompt) -> None:
+    plain, model = tiny(), patch(tiny(), Dense(), layers=[0], projections=True)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert model.lm_head(torch.randn(1, 32)).dtype == torch.bfloat16
+        assert model(prompt(2)).logits.dtype == plain(prompt(2)).logits.dtype
 
 
 def test_what_is_left_as_it_is(tiny: Make) -> None:
@@ -107,8 +122,10 @@ def test_what_is_left_as_it_is(tiny: Make) -> None:
     attention.k_proj._hf_hook = object()
     attention.v_proj.weight.data = attention.v_proj.weight.data.t().contiguous().t()
     attention.o_proj.double()
+    bound = model.lm_head.forward
+    model.lm_head.forward = lambda x: 2 * bound(x)
     found = [getattr(parent, name) for parent, name in find_projections(model, find_mlps(model))]
-    assert len(found) == 13 - 4
+    assert len(found) == 13 - 5 and model.lm_head not in found
     assert not {id(m) for m in attention.children()} & {id(m) for m in found}
 
 
@@ -123,6 +140,12 @@ def test_refusals(tiny: Make, prompt: Prompt) -> None:
     unpatch(model)
     assert model(prompt(3)).logits.requires_grad
     sites = find_mlps(model)
+    for layer in model.model.layers:
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            getattr(layer.self_attn, name).forward = None
+    model.lm_head.forward = None
+    with pytest.raises(ConfigurationError, match=r"no plain torch.nn.Linear beside its MLPs"):
+        find_projections(model, sites)
     model.to("meta")
     with pytest.raises(ConfigurationError, match="projections=True is for models on the CPU"):
         find_projections(model, sites)

@@ -301,7 +301,7 @@ def test_broken_artefacts_are_named(trained, tmp_path: Path) -> None:
         ({"kind": "thresholds"}, "describes thresholds, expected router"),
         ({"format_version": 99}, "has format version 99, this moyu_ext reads 1"),
         ({"tensors_sha256": "0"}, "truncated, corrupt or from another save"),
-        ({"layers": [{"threshold": 1.0}]}, "does not describe its router"),
+        ({"layers": [{"threshold": 1.0}]}, "holds no usable router"),
     ):
         (tmp_path / "moyu_config.json").write_text(json.dumps(config | change))
         with pytest.raises(ArtifactError, match=message):

@@ -295,7 +295,9 @@ def test_fitted_rounding_without_structure_is_plain_rounding() -> None:
 def test_fitted_rounding_of_odd_inputs_stays_finite() -> None:
     w = random(8, 40)
     w[3] = 0
-    for x in (torch.zeros(5, 40), torch.full((5, 40), torch.nan), random(1, 40)):
+    infinite, huge = random(5, 40), random(5, 40) * 1e20
+    infinite[2, 3] = torch.inf
+    for x in (torch.zeros(5, 40), torch.full((5, 40), torch.nan), infinite, huge, random(1, 40)):
         matrix = quantise_for(w, 2, *elimination(damped_moment(x)))
         assert dequantise(matrix).isfinite().all()
 
@@ -329,8 +331,17 @@ def test_shadows_fitted_to_what_the_model_writes(tiny: Callable[..., torch.nn.Mo
     assert torch.equal(torch.random.get_rng_state(), state)
     assert fitted.key == Shadows.fit(model, 2, max_tokens=200).key, "the same seed, the same bytes"
     assert fitted.key != Shadows.fit(model, 2, max_tokens=200, seed=1).key
-    with pytest.raises(ConfigurationError, match="bits has 2 entries, the model has 3 MLPs"):
-        Shadows.fit(model, [(2, 2), (2, 2)])
+    for bits, message in (
+        ([(2, 2), (2, 2)], "bits has 2 entries, the model has 3 MLPs"),
+        (7, "bits is 7; expected 1, 2, 3 or 4"),
+        ("22", "bits is '22'; expected 1, 2, 3 or 4"),
+        ([(2, 2, 2)] * 3, r"bits is \(2, 2, 2\); expected 1..4, a pair"),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            Shadows.fit(model, bits)
+    assert Shadows.fit(model, (3, 1), max_tokens=200).bits == ((3, 1),) * 3
+    with pytest.raises(PatchStateError, match="training mode"):
+        Shadows.fit(model.train())
 
 
 def test_each_of_several_bits_is_what_one_would_be(tiny: Callable[..., torch.nn.Module]) -> None:
@@ -358,6 +369,7 @@ def test_saved_shadows_come_back_by_memory_map(saved: tuple[Shadows, Path]) -> N
     assert back.bits == shadows.bits == ((2, 2),) * 3
     assert back.nbytes == shadows.nbytes
     assert back.fingerprint == shadows.fingerprint
+    assert back.fitted is shadows.fitted is False and back.key == ""
     for a, b in zip(shadows.layers, back.layers, strict=True):
         assert torch.equal(a.data, b.data) and a.d == b.d
         assert b.data.data_ptr() % 64 == 0
@@ -422,7 +434,7 @@ def test_damaged_files_are_refused(saved: tuple[Shadows, Path], damage: str) -> 
         elif damage == "header":
             content[8:40] = b"x" * 32
         elif damage == "version":
-            content = content.replace(b'format_version\\": 1', b'format_version\\": 7')
+            content = content.replace(b'format_version\\": 2', b'format_version\\": 7')
         elif damage == "long":
             content += b"\0" * 64
         path.write_bytes(content)

@@ -144,7 +144,10 @@ def test_tuned_thresholds_keep_the_budget(
     else:
         shadows = Shadows.from_pretrained(tmp_path)
         assert shadows.fitted and shadows.key == loaded.shadows
-        assert QRIDA(loaded, shadows=shadows).bits == list(loaded.bits)
+        moyu_ext.unpatch(model)
+        moyu_ext.patch(model, QRIDA(loaded, shadows=shadows))
+        again = generation_perplexity(model, rows, context=16, continuation=32).perplexity
+        assert again == sparse and moyu_ext.report(model).density == density
         moyu_ext.unpatch(model)
         with pytest.raises(
             ConfigurationError, match=r"found with fitted shadows .* has the shadows"
@@ -216,6 +219,26 @@ def test_command_line_numbers() -> None:
             bit_pairs(wrong)
 
 
+def test_what_was_tuned_serves_on_the_command_line(tiny: Make, tmp_path: Path) -> None:
+    """The shadows beside the thresholds are found; where they are missing, it says so."""
+    from moyu_ext.cli.common import build_method
+
+    model = tiny("llama")
+    shadows = Shadows.fit(model, 2, max_tokens=100, progress=False)
+    method = QRIDA(shadows=shadows)
+    thresholds = moyu_ext.calibrate(model, Letters(), cett=0.3, method=method, max_tokens=200)
+    assert thresholds.shadows == shadows.key
+    thresholds.save_pretrained(tmp_path)
+    with pytest.raises(ConfigurationError, match=r"found with fitted shadows, and .* not beside"):
+        build_method(None, thresholds=tmp_path)
+    shadows.save_pretrained(tmp_path)
+    made = build_method(None, thresholds=tmp_path)
+    assert isinstance(made, QRIDA) and made.shadows is not None
+    moyu_ext.patch(model, made)
+    with pytest.raises(ConfigurationError, match="score is 'shadow'"):
+        build_method("tda", thresholds=tmp_path)
+
+
 @pytest.mark.slow
 def test_command_line(tiny: Make, tmp_path: Path) -> None:
     from moyu_ext.cli import app
@@ -229,3 +252,6 @@ def test_command_line(tiny: Make, tmp_path: Path) -> None:
     assert (out / "frontier.png").stat().st_size > 5000
     assert json.loads((tmp_path / "t.json").read_text())["increase"] <= 0.05
     assert Thresholds.from_pretrained(out).method == "qrida"
+    then = ["generate", "stories_silu", "-p", "One day", "--thresholds", str(out)]
+    result = CliRunner().invoke(app, [*then, "--max-new-tokens", "4"])
+    assert result.exit_code == 0 and "QRIDA(thresholds=<6 layers" in result.output, result.output

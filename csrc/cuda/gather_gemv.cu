@@ -1,5 +1,5 @@
-// Dot products of the listed weight rows (or all) with the input rows, on a persistent grid: each block
-// takes an even share of the positions below the device-side count.
+// Dot products of the listed weight rows (or all) with the input rows, on a persistent grid: each
+// block takes an even share of the positions below the device-side count.
 #include "tile.cuh"
 
 namespace moyu::cuda {

@@ -95,9 +95,7 @@ def load_layers(
         )
         return make(layers=layers, **config)
     except (TypeError, KeyError, ConfigurationError) as error:
-        raise ArtifactError(
-            f"{directory} does not describe its {kind} ({error}); {again}"
-        ) from error
+        raise ArtifactError(f"{directory} holds no usable {kind} ({error}); {again}") from error
 
 
 def _fields(record: Any, skip: Sequence[str]) -> dict[str, Any]:

@@ -68,6 +68,7 @@ def gather_gemv(
     Without indices and count every weight row, in order.
     """
     if indices is None or count is None:
+        assert indices is count, "indices and count are given together or not at all"
         return _linear(x, weight, bias, dtype)
     n = int(count)
     out = torch.zeros(*x.shape[:-1], indices.numel(), dtype=dtype, device=x.device)

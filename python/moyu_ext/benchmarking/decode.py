@@ -180,7 +180,7 @@ def measure_decode(
     rows = []
     for side in sides:
         common: dict[str, Any] = {
-            "device": machine.device,
+            "device": machine.label,
             "dtype": str(dtype).removeprefix("torch."),
             "geometry": size.name + (f" {layers} layers" if layers else ""),
             "method": side.name + PROJECTIONS * side.projections,

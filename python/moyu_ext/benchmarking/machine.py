@@ -48,6 +48,11 @@ class Machine:
             busy=busy_share(seconds),
         )
 
+    @property
+    def label(self) -> str:
+        """What rows call it: processors of one name differ in their instructions."""
+        return f"{self.device}, {self.isa}"
+
     def warnings(self) -> list[str]:
         """What makes the numbers of this run doubtful."""
         if self.busy <= BUSY:

@@ -104,7 +104,7 @@ def measure_mlp(
         found = [
             make_row(
                 name="mlp",
-                device=machine.device,
+                device=machine.label,
                 dtype=str(dtype).removeprefix("torch."),
                 geometry=size.name,
                 method=case.operator,

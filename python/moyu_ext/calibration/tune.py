@@ -100,7 +100,9 @@ class Tuned:
 
     def as_dict(self) -> dict[str, Any]:
         """All but the shadows, in what JSON knows."""
-        return dataclasses.asdict(dataclasses.replace(self, shadows=None))
+        content = dataclasses.asdict(dataclasses.replace(self, shadows=None))
+        content.pop("shadows")
+        return content
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write the thresholds and shadows (see their `save_pretrained`) and `moyu_tune.json`."""
@@ -108,8 +110,7 @@ class Tuned:
         if self.shadows is not None:
             self.shadows.save_pretrained(directory)
         content = self.as_dict()
-        for elsewhere in ("thresholds", "shadows"):
-            content.pop(elsewhere)
+        content.pop("thresholds")
         text = json.dumps(content, indent=2) + "\n"
         write_atomically(Path(directory) / FILE, text.encode())
 
@@ -136,6 +137,8 @@ def tune(
     (nats) of the model's output where that layer alone is sparse. Budgets of nats are then spent
     greedily where a nat saves the most bytes; allocations are tried on one half of the text until
     the largest is found that keeps the limit, and the other half has the last word.
+
+    Memory (QRIDA): shadows of all `bits` at once, a third of the MLPs' bfloat16 bytes.
 
     `texts`: as for `calibrate`. They are cut into rows of `context` tokens, which run dense, and
     `continuation` tokens, which are scored under the rule; shorter ones where the model has fewer

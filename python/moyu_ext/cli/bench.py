@@ -100,6 +100,7 @@ def mlp(
     if device not in ("cpu", "cuda"):
         raise ConfigurationError(f"device is {device!r}; expected cpu or cuda")
     with steps("MLP") as step:
+        step("building", 0, 1)
         result = (measure_mlp_cuda if device == "cuda" else measure_mlp)(
             geometry,
             _dtype(dtype),
@@ -175,6 +176,7 @@ def decode(
         for value in ([1.0] if name == "dense" else density)
     ]
     with steps("decode") as step:
+        step("building", 0, 1)
         result = measure_decode(
             geometry,
             methods,

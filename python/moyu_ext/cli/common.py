@@ -196,10 +196,6 @@ def build_method(name: str | None, **options: Any) -> Method:
         directory = given["thresholds"]
         given["thresholds"] = Thresholds.from_pretrained(directory)
         default = given["thresholds"].method
-        if given["thresholds"].shadows:  # beside them, as `moyu tune` saves both
-            from ..shadow.store import Shadows
-
-            given["shadows"] = Shadows.from_pretrained(directory)
     if "router" in given:
         from ..routers.router import Router
 
@@ -217,7 +213,9 @@ def build_method(name: str | None, **options: Any) -> Method:
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     if "thresholds" in given and "score" in fields:
         given.setdefault("score", given["thresholds"].score)
-    for option in given.keys() - fields.keys():
+    if "shadows" in fields and "thresholds" in given and given["thresholds"].shadows:
+        given["shadows"] = _shadows(directory)
+    for option in sorted(given.keys() - fields.keys()):
         takes = ", ".join(f"--{field}" for field in fields if field in options)
         raise ConfigurationError(
             f"--{option} does not go with {name}, which takes {takes or 'no options'}"
@@ -226,6 +224,18 @@ def build_method(name: str | None, **options: Any) -> Method:
         if field.default is dataclasses.MISSING and field.name not in given:
             raise ConfigurationError(_missing(name, field.name))
     return kind(**given)
+
+
+def _shadows(directory: Path) -> Any:
+    """Fitted shadows beside the thresholds that were found with them, as `moyu tune` saves both."""
+    from ..shadow.store import FILE, Shadows
+
+    if not (directory / FILE).is_file():
+        raise ConfigurationError(
+            f"--thresholds {directory} were found with fitted shadows, and {FILE} is not beside "
+            "them; save those there too: shadows.save_pretrained(DIR)"
+        )
+    return Shadows.from_pretrained(directory)
 
 
 def _missing(name: str, option: str) -> str:

@@ -186,7 +186,7 @@ def _speed(console: Console) -> dict[str, Any]:
         "the neurons is\n"
         f"computed; medians of {_REPEATS} calls in turn, every result checked. "
         f"{found.machine.threads} threads of\n"
-        f"{found.machine.device}, {found.machine.isa}."
+        f"{found.machine.label}."
     )
     for warning in found.warnings:
         console.print(f"Warning: {warning}", markup=False)

@@ -65,7 +65,8 @@ def eval(
         typer.Option(
             "--density",
             "-d",
-            help="Density to measure methods that rank at, may be repeated. Default: five of them.",
+            help="Density to measure methods that rank at, may be repeated. Default: five of them. "
+            "Other points that DIR has already are dropped.",
             show_default=False,
         ),
     ] = None,
@@ -134,7 +135,8 @@ def eval(
     items = _items(corpus, _names(summaries), limit)
     lm, tokenizer = common.load_model(model, dtype, device)
     shop = Workshop(lm, tokenizer, corpus.documents(train=True), seed=seed, log=_log)
-    shop.densities, shop.targets = density or (), cett or ()
+    shop.densities = tuple(dict.fromkeys(density or ()))
+    shop.targets = tuple(dict.fromkeys(cett or ()))
     if router is not None:
         from ..routers.router import Router
 
@@ -145,6 +147,13 @@ def eval(
 
         shop.experts = Experts.from_pretrained(experts)
         names += [] if methods else ["rida"]
+    chosen = points(shop, names)
+    for option, given, word in (("--density", density, "density "), ("--cett", cett, "CETT ")):
+        if given and not any(point.setting.startswith(word) for point in chosen):
+            raise ConfigurationError(
+                f"{option} is given, but none of {', '.join(names)} is measured by "
+                f"{word.strip()}; leave it out, or name other --methods"
+            )
     reference = methods in (None, "all")
     rows, ids = _ids(lm, tokenizer, corpus, context, continuation, texts)
     evaluation = evaluate.Evaluation(
@@ -167,7 +176,7 @@ def eval(
     )
     found = evaluate.run(
         evaluation,
-        points(shop, names),
+        chosen,
         out / f"{_STEM}.json",
         reference=reference,
     )

@@ -58,7 +58,10 @@ def generate(
     ] = None,
     thresholds: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="What `moyu calibrate` wrote; for methods that compare."),
+        typer.Option(
+            metavar="DIR",
+            help="What `moyu calibrate` or `moyu tune` wrote; for methods that compare.",
+        ),
     ] = None,
     router: Annotated[
         Path | None,

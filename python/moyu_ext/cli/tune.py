@@ -23,7 +23,7 @@ def tune(
     out: Annotated[
         Path,
         typer.Option(
-            metavar="DIR", help="Where thresholds, figures and table go.", show_default=False
+            metavar="DIR", help="Where thresholds, shadows and the picture go.", show_default=False
         ),
     ],
     max_perplexity_increase: Annotated[

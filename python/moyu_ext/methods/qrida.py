@@ -14,7 +14,7 @@ from ..errors import ConfigurationError
 from ..guard import LayerGuard
 from ..patching.families import MlpWeights
 from ..shadow.build import build_shadow
-from ..shadow.pack import Shadow, check_bits
+from ..shadow.pack import Shadow, pair_of
 from ..shadow.reference import choose
 from ..shadow.reference import shadow_scores as plain_scores
 from ..shadow.store import Shadows
@@ -109,8 +109,7 @@ class QRIDA(Method):
             bits = list(next(iter(known.values()))) if known else BITS
             object.__setattr__(self, "bits", bits)
         for pair in bits if isinstance(bits, list) else [bits]:
-            for value in _pair(pair):
-                check_bits(value)
+            pair_of(pair)
         for name, made_for in known.items():
             mine = tuple(self.bits_of(i) for i in range(len(made_for)))
             if mine != made_for:
@@ -122,13 +121,13 @@ class QRIDA(Method):
     def bits_of(self, index: int) -> tuple[int, int]:
         """Bits of (gate, up) in layer `index`."""
         if not isinstance(self.bits, list):
-            return _pair(self.bits)
+            return pair_of(self.bits)
         if index >= len(self.bits):
             raise ConfigurationError(
                 f"bits has {len(self.bits)} entries, the model has more MLPs; pass one entry per "
                 "layer, or a number or pair for all"
             )
-        return _pair(self.bits[index])
+        return pair_of(self.bits[index])
 
     def __repr__(self) -> str:
         if self.thresholds is None:
@@ -158,8 +157,10 @@ class QRIDA(Method):
         if self.shadows is not None:
             self.shadows.check(layers, fingerprint)
         made_for = getattr(self.thresholds, "shadows", None)
+        if made_for is None:  # no thresholds, or plain numbers
+            return
         mine = "" if self.shadows is None else self.shadows.key
-        if made_for is not None and made_for != mine:
+        if made_for != mine:
             raise ConfigurationError(
                 f"thresholds were found with {_which(made_for)}, the method has {_which(mine)}; "
                 "pass the same (moyu tune saves them beside the thresholds: "
@@ -285,20 +286,9 @@ def _check_device(device: torch.device) -> None:
     key = "CUDA" if device.type == "cuda" else "CPU"
     if not torch._C._dispatch_has_kernel_for_dispatch_key("moyu_ext::shadow_mlp", key):
         raise ConfigurationError(
-            f"QRIDA has no operator for {device} in this build; move the model to the CPU, or "
-            "patch with TDA or SRIDA"
+            f"QRIDA has no operator for {device} in this build of moyu_ext; install it again where "
+            "nvcc is found, or move the model to the CPU"
         )
-
-
-def _pair(bits: Any) -> tuple[Any, Any]:
-    if isinstance(bits, (tuple, list)):
-        if len(bits) != 2:
-            raise ConfigurationError(
-                f"bits is {bits!r}; expected 1..4, a pair (gate, up), or a list with one of these "
-                "per layer"
-            )
-        return bits[0], bits[1]
-    return bits, bits
 
 
 def _which(key: str) -> str:
@@ -306,5 +296,5 @@ def _which(key: str) -> str:
 
 
 def _brief(bits: Sequence[Any]) -> str:
-    different = sorted({_pair(pair) for pair in bits})
+    different = sorted({pair_of(pair) for pair in bits})
     return str(different[0]) if len(different) == 1 else f"<{len(bits)} layers, {different}>"

@@ -21,7 +21,15 @@ def argument(module: nn.Module) -> str | None:
 
 def passing(model: nn.Module, cache: Any) -> dict[str, Any]:
     """The keyword arguments of a forward that continues `cache` (None: begins one)."""
-    return {argument(model) or NAMES[-1]: cache}
+    return {argument(model) or _installed(): cache}
+
+
+def _installed() -> str:
+    """The name for a wrapper whose forward names no arguments."""
+    import transformers
+    from packaging.version import parse
+
+    return NAMES[parse(transformers.__version__) < parse("5.24")]
 
 
 def cache_of(output: Any) -> Any:

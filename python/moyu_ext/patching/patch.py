@@ -31,7 +31,6 @@ class _Patch:
 
     method: Method
     mlps: list[SparseMLP]
-    dense_seconds: list[float]
     decoder: nn.Module | None
     context: Context
     hooks: SequenceHooks | None
@@ -59,11 +58,12 @@ def patch(
     CPU, also run the linear layers beside the MLPs (attention's, the head) with the project's own
     GEMV, up to 8 rows at a time: all of their neurons, so nothing but rounding changes. The model
     keeps its parameters and their names; W_down is laid out neuron-major, so memory peaks one
-    W_down above the model's (and QRIDA adds its shadows). For inference on the device the model is
-    on.
+    W_down above the model's (and QRIDA adds its shadows). On the CPU the dense MLPs are timed
+    first, three calls each, for `report`. For inference on the device the model is on.
 
     Raises UnsupportedModelError for a model that it does not know, ConfigurationError for a method
-    or layers that do not fit, ArtifactError for thresholds of another model, PatchStateError for a
+    or layers that do not fit, and for projections=True off the CPU or where no linear layer can be
+    taken, ArtifactError for thresholds of another model, PatchStateError for a
     patched model or one in training mode. After an error the model is as it was.
     """
     if not isinstance(model, nn.Module):
@@ -91,7 +91,6 @@ def patch(
     chosen = [sites[index] for index in _layer_indices(layers, len(sites))]
     for site in chosen:
         check_hooks(site)
-    dense = dense_seconds(chosen)
     mlps = [SparseMLP(site, method, context, slot) for slot, site in enumerate(chosen)]
     stack = sites[0].stack
     decoder = find_decoder(model, stack)
@@ -105,7 +104,10 @@ def patch(
             )
         hooks = SequenceHooks(decoder, context, mlps, method.min_prompt, method.refresh)
     linears = find_projections(model, sites) if projections else []
-    patched = _Patch(method, mlps, dense, decoder, context, hooks, len(linears))
+    times = dense_seconds(sites)
+    for mlp in mlps:
+        mlp.dense_seconds = times[mlp.site.index]
+    patched = _Patch(method, mlps, decoder, context, hooks, len(linears))
     try:
         for mlp in mlps:
             _install(mlp, patched.undo)
@@ -149,7 +151,7 @@ def report(model: nn.Module, *, reset: bool = False) -> Report:
     """
     patched = _patch_of(model)
     rows = []
-    for mlp, dense_time in zip(patched.mlps, patched.dense_seconds, strict=True):
+    for mlp in patched.mlps:
         active, tokens, dense = (int(t) for t in (mlp.active, mlp.tokens, mlp.dense_tokens))
         density = active / (tokens * mlp.f) if tokens else float("nan")
         site = mlp.site
@@ -170,7 +172,7 @@ def report(model: nn.Module, *, reset: bool = False) -> Report:
                 added,
                 bytes_share(patched.method.plan, density, matrices) + added / size,
                 mlp.clock.seconds,
-                dense_time,
+                mlp.dense_seconds,
             )
         )
         if reset:

@@ -33,7 +33,12 @@ class Projection(StandIn):
             )
         weight = self.weight
         few = 0 < x.numel() <= ops.MAX_ROWS * weight.shape[1]
-        if not few or x.dtype != weight.dtype or not weight.is_cpu:
+        if (
+            not few
+            or x.dtype != weight.dtype
+            or not weight.is_cpu
+            or torch.is_autocast_enabled("cpu")
+        ):
             return F.linear(x, weight, self.bias)
         out = ops.gather_gemv(x.contiguous(), weight, None, None, self.bias)
         return inference_only(out.to(x.dtype))
@@ -46,9 +51,9 @@ class Projection(StandIn):
 def find_projections(model: nn.Module, sites: list[MlpSite]) -> list[tuple[nn.Module, str]]:
     """(parent, name) of each plain linear layer beside the MLPs `sites`.
 
-    Left out, and so left as they are: subclasses of torch.nn.Linear, layers with accelerate's
-    hooks, and weights that are no contiguous floats in memory (quantised, distributed, meta).
-    Raises ConfigurationError for a model that is not on the CPU.
+    Left out, and so left as they are: subclasses of torch.nn.Linear, layers with a forward of
+    their own or accelerate's hooks, and weights that are no contiguous floats in memory (quantised,
+    distributed, meta). Raises ConfigurationError for a model off the CPU, or where none is left.
     """
     device = sites[0].linear(sites[0].family.up).weight.device
     if device.type != "cpu":
@@ -57,16 +62,24 @@ def find_projections(model: nn.Module, sites: list[MlpSite]) -> list[tuple[nn.Mo
             "own GEMV already reads at memory speed; leave it out"
         )
     taken = {id(site.linear(name)) for site in sites for name in site.family.linears}
-    return [
+    found = [
         (parent, name)
         for parent in model.modules()
         for name, child in parent.named_children()
         if id(child) not in taken and _is_plain(child)
     ]
+    if not found:
+        raise ConfigurationError(
+            f"projections=True, but {type(model).__name__} has no plain torch.nn.Linear beside its "
+            "MLPs (quantised, offloaded or adapted layers are left as they are); leave it out"
+        )
+    return found
 
 
 def _is_plain(module: nn.Module) -> bool:
     if type(module) is not nn.Linear or hasattr(module, "_hf_hook"):
+        return False
+    if "forward" in module.__dict__:  # somebody's own
         return False
     weight = module.weight
     return (

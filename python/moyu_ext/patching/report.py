@@ -18,7 +18,8 @@ class LayerReport:
     recall of what a router chose, where the method has one and its guard is on; added_bytes: memory
     that the method keeps beside the weights; share: bytes read per governed token, those of
     added_bytes included, of the dense MLP's weights; seconds: mean time of the governed forwards
-    with one token, and dense_seconds of the MLP's before the patch (on the CPU, else NaN).
+    with one token but the first, and dense_seconds of the MLP before the patch (NaN off the CPU,
+    under torch.compile, and dense_seconds after the model was moved or converted).
     """
 
     index: int
@@ -100,10 +101,11 @@ class Report:
 
     def cost(self) -> str:
         """Memory, predicted and measured speed in one sentence."""
+        most = f"{1 / self.share:.2f}" if self.share else "inf"
         measured = "" if math.isnan(self.speedup) else f", {self.speedup:.2f}x as measured"
         return (
             f"{self.added_bytes / 2**20:.2f} MiB added, {100 * self.share:.1f} % of the MLPs' "
-            f"bytes read per token: MLPs at most {1 / self.share:.2f}x as fast at one row{measured}"
+            f"bytes read per token: MLPs at most {most}x as fast at one row{measured}"
         )
 
     def __str__(self) -> str:
@@ -128,7 +130,7 @@ class Report:
         if self.share < 1:
             lines.append(self.cost())
         if self.projections:
-            lines.append(f"{self.projections} linear layers beside the MLPs by the own GEMV")
+            lines.append(f"{self.projections} linear layers beside the MLPs by moyu_ext's own GEMV")
         return "\n".join(lines)
 
 

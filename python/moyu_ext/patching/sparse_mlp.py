@@ -108,6 +108,8 @@ class SparseMLP(StandIn):
         self.rule = method.bind(site.index, weights)
         self.per_token = isinstance(self.rule, TokenRule)
         self.refreshes: int = 0
+        self.dense_seconds = float("nan")
+        """Of the MLP before the patch, at one row."""
         self.reset_counts()
         # New values may need another layout, and the rule new column norms.
         self.register_load_state_dict_post_hook(SparseMLP._forget_weights)
@@ -148,6 +150,8 @@ class SparseMLP(StandIn):
             setattr(self, name, fn(getattr(self, name)))
         # Read again at the next forward: an MLP spread over a layer moves part by part.
         self.weights = None
+        # Times of another device or dtype.
+        self.clock, self.dense_seconds = Clock(), float("nan")
         return self
 
     def _read_weights(self) -> MlpWeights:
@@ -186,7 +190,7 @@ class SparseMLP(StandIn):
         return self._computed(x, weights, current)
 
     def _token(self, x: Tensor, weights: MlpWeights) -> Tensor:
-        start = self.clock.start()
+        start = self.clock.start(x)
         rows = x.reshape(-1, self.d)
         out, counts = self.rule.apply(rows, weights)  # type: ignore[union-attr]
         self.active.add_(counts if counts.numel() == 1 else counts.sum())
@@ -198,7 +202,7 @@ class SparseMLP(StandIn):
         rows = current.batch * current.length
         if rows > ops.MAX_ROWS:
             return self._dense(x, weights)
-        start = self.clock.start()
+        start = self.clock.start(x)
         out = self._of_set(x, weights, current)
         self.clock.stop(start, rows)
         return out

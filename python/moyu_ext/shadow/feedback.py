@@ -65,7 +65,8 @@ def damped_moment(x: Tensor) -> Tensor:
     mean = moment.diagonal().mean()
     identity = torch.eye(d, device=x.device)
     # Where all inputs are zero, or not finite, any direction is as good as another.
-    return moment / mean + DAMPING * identity if bool(mean > 0) else identity
+    usable = bool(mean > 0) and bool(moment.isfinite().all())
+    return moment / mean + DAMPING * identity if usable else identity
 
 
 def elimination(damped: Tensor) -> tuple[Tensor, Tensor]:

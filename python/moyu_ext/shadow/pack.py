@@ -74,6 +74,19 @@ def check_bits(bits: object) -> None:
         raise ConfigurationError(f"bits is {bits!r}; expected 1, 2, 3 or 4 per weight of a shadow")
 
 
+def pair_of(bits: object) -> tuple[int, int]:
+    """(gate, up) of 1..4 for both, or of a pair. Raises ConfigurationError for anything else."""
+    pair = bits if isinstance(bits, (tuple, list)) else (bits, bits)
+    if len(pair) != 2:
+        raise ConfigurationError(
+            f"bits is {bits!r}; expected 1..4, a pair (gate, up), or a list with one of these per "
+            "layer"
+        )
+    for value in pair:
+        check_bits(value)
+    return pair[0], pair[1]
+
+
 def pack(gate: Codes | None, up: Codes, d: int) -> Shadow:
     """The shadow of an MLP with hidden size d from its quantised matrices."""
     parts = [m for m in (gate, up) if m is not None]

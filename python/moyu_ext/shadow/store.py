@@ -29,10 +29,10 @@ from ..errors import ArtifactError, ConfigurationError, PatchStateError
 from ..patching.families import MlpWeights, find_mlps
 from .build import build_shadow
 from .feedback import build_for
-from .pack import BITS, Shadow, record_bytes, unpack
+from .pack import BITS, Shadow, pair_of, record_bytes, unpack
 from .reference import dequantise
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FILE = "moyu_shadows.safetensors"
 _PAGE = 4096
 _SAMPLES = 8
@@ -52,11 +52,12 @@ class Shadows:
     fitted: bool = False
 
     @classmethod
-    def build(cls, model: nn.Module, bits: int | Sequence[tuple[int, int]] = 2) -> Shadows:
+    def build(cls, model: nn.Module, bits: Any = 2) -> Shadows:
         """Round all MLPs of a model (patched or not) to the nearest levels, as `QRIDA` does itself.
 
-        bits: 1..4, or (gate, up) for each layer. Raises ConfigurationError for other bits,
-        UnsupportedModelError for a model without MLPs of a known family.
+        bits: 1..4, or a pair (gate, up), or a list with one of these per layer. Raises
+        ConfigurationError for other bits, UnsupportedModelError for a model without MLPs of a known
+        family.
         """
         sites = find_mlps(model)
         pairs = _pairs(bits, len(sites))
@@ -68,7 +69,7 @@ class Shadows:
     def fit(
         cls,
         model: nn.Module,
-        bits: int | Sequence[tuple[int, int]] = 2,
+        bits: Any = 2,
         tokenizer: Any = None,
         texts: Sequence[str] | str | os.PathLike[str] | None = None,
         *,
@@ -85,7 +86,8 @@ class Shadows:
         stderr, if that is a terminal.
 
         Raises ConfigurationError for bits or text that cannot be used, UnsupportedModelError for a
-        model without MLPs of a known family, PatchStateError for a patched one.
+        model without MLPs of a known family, PatchStateError for a patched one or one in training
+        mode.
         """
         sites = find_mlps(model)
         pairs = _pairs(bits, len(sites))
@@ -93,6 +95,8 @@ class Shadows:
             raise PatchStateError(
                 "the model is patched; call moyu_ext.unpatch(model) to fit shadows to it"
             )
+        if model.training:
+            raise PatchStateError("the model is in training mode; call model.eval() to fit shadows")
         layers: list[Shadow] = []
         with torch.no_grad(), steps("shadows", progress) as step:
             if texts is None:
@@ -221,12 +225,13 @@ class Shadows:
         return cls(tuple(layers), about["fingerprint"], about["fitted"])
 
 
-def _pairs(bits: int | Sequence[tuple[int, int]], layers: int) -> list[tuple[int, int]]:
-    pairs = [(bits, bits)] * layers if isinstance(bits, int) else list(bits)
+def _pairs(bits: Any, layers: int) -> list[tuple[int, int]]:
+    """(gate, up) of each layer, from what `QRIDA` takes as bits."""
+    pairs = [pair_of(b) for b in bits] if isinstance(bits, list) else [pair_of(bits)] * layers
     if len(pairs) != layers:
         raise ConfigurationError(
             f"bits has {len(pairs)} entries, the model has {layers} MLPs; pass one (gate, up) per "
-            "layer, or one number"
+            "layer, or one number or pair for all"
         )
     return pairs
 
@@ -267,7 +272,8 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
                 raise ValueError(f"bits {bits_gate}, {bits_up} at hidden size {d}")
         if not len(about["layers"]) == len(about["sha256"]) > 0:
             raise ValueError("layers and checksums differ in number")
-        str(about["fingerprint"]), bool(about["fitted"])
+        if not isinstance(about["fitted"], bool) or not isinstance(about["fingerprint"], str):
+            raise ValueError("fitted or fingerprint is something else")
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, ArtifactError):
             raise

@@ -182,12 +182,12 @@ def _claims(report: Report) -> None:
         ),
     ):
         pairs = {
-            f"{name} at density {values['arms'][one]['density']:.2f}": (
+            f"{name} at CETT {target}, density {values['arms'][one]['density']:.2f}": (
                 values["arms"][one],
                 values["arms"][other],
             )
             for name, found in report.numbers.items()
-            for values in found["choice"].values()
+            for target, values in found["choice"].items()
         }
         report.judged(
             source,

@@ -22,7 +22,6 @@ from ..shadow.build import build_shadow
 from ..shadow.feedback import build_for
 from ..shadow.pack import BLOCK, Shadow
 from ..shadow.reference import shadow_scores
-from ..shadow.store import Shadows
 from .setting import Setting, Subject
 
 # x [n, d], act(gate) [n, f], a [n, f] (both a(x) where ungated) -> scores [n, f], largest kept.
@@ -138,9 +137,7 @@ def rankings(
     for pair in ((2, 2), (1, 1)):
         fitted = [build_for(x, w, *pair) for x, w in zip(inputs, weights, strict=True)]
         found.append(shadow_ranking(f"{name_of(pair)}, fitted to text", fitted, weights))
-    tokens = setting.size(4096, 512)
-    own = Shadows.fit(subject.model, 2, max_tokens=tokens, seed=setting.seed, progress=False)
-    found.append(shadow_ranking(OWN, own.layers, weights))
+    found.append(shadow_ranking(OWN, setting.own_shadows(subject).layers, weights))
     for bits in (4, 2):
         share = shadow_share(bits, bits, matrices)
         found.append(

@@ -18,6 +18,7 @@ from ..calibration.thresholds import Thresholds, fingerprint
 from ..errors import ConfigurationError
 from ..evaluation.corpus import DATA_VARIABLE, SHIPPED, Corpus
 from ..patching.families import MlpSite, find_mlps
+from ..shadow.store import Shadows
 from . import written
 
 TWINS = ("stories_silu", "stories_relu")
@@ -73,6 +74,7 @@ class Setting:
     log: Callable[[str], None] = lambda text: None
     _loaded: dict[str, Subject] = field(default_factory=dict, repr=False)
     _thresholds: dict[str, Thresholds] = field(default_factory=dict, repr=False)
+    _shadows: dict[str, Shadows] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self.corpus = Corpus(self.data, self.texts)
@@ -172,6 +174,15 @@ class Setting:
                 f"{length} tokens, {count} are needed; pass more text (--text FILE), or --data DIR"
             )
         return torch.tensor(whole[:count])
+
+    def own_shadows(self, subject: Subject) -> Shadows:
+        """Of 2 bits, fitted to text that the model writes."""
+        if subject.name not in self._shadows:
+            self.log(f"fitting shadows to what {subject.name} writes")
+            self._shadows[subject.name] = Shadows.fit(
+                subject.model, 2, max_tokens=self.size(4096, 512), seed=self.seed, progress=False
+            )
+        return self._shadows[subject.name]
 
     def thresholds(self, subject: Subject) -> Thresholds:
         """One epsilon per layer at CETT 0.2, every layer seeing the dense model's activations,
