@@ -51,7 +51,8 @@ bench: setup
 
 STUDIES ?= studies
 study: setup
-	@[[ -z "$$MOYU_DATA" ]] || $(PY) -m pip install --quiet --editable '.[eval]'
+	@[[ -z "$$MOYU_DATA" ]] || $(PY) -m pip install --quiet $$($(PY) -c "import importlib.metadata as m; \
+	  print(*(r.split(';')[0] for r in m.requires('moyu_ext') if 'eval' in r))")
 	@PYTHON=$(abspath $(PY)) tools/study.sh $(STUDIES)
 
 setup: $(INSTALLED)

@@ -8,12 +8,11 @@
 # goes on: what is there already is not measured again.
 set -euo pipefail
 out=${1:?usage: tools/study.sh DIR}
-python=${PYTHON:-python3}
-moyu="$python -m moyu_ext"
 data=${MOYU_DATA:-}
-mkdir -p "$out/logs" "$out/eval"
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+work=$out/work # texts and routers, to go on with; nothing to keep
+mkdir -p "$out/logs" "$out/eval" "$work"
+: >"$work/summary"
+moyu() { "${PYTHON:-python3}" -m moyu_ext "$@"; }
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
 running=0
@@ -36,33 +35,38 @@ study() { # study NAME FOLDER MODEL...: into FOLDER
   local name=$1 folder=$2 models=() model
   shift 2
   for model in "$@"; do models+=(--model "$model"); done
-  job "$name-$(basename "$folder")" $moyu study "$name" "${models[@]}" --resume --out "$out/$folder"
+  job "$name-$(basename "$folder")" moyu study "$name" "${models[@]}" --resume --out "$out/$folder"
 }
 # The twins' studies run on text that the project makes itself, so that they need no data folder.
 made() { MOYU_DATA='' "$@"; }
 evaluate() { # evaluate NAME MODEL OPTION...
   local name=$1 model=$2
   shift 2
-  job "eval-$name" $moyu eval "$model" --dtype float32 --out "$out/eval/$name" --json "$out/eval/$name.json" "$@"
+  job "eval-$name" scored "$name" "$model" "$@"
+}
+scored() { # scored NAME MODEL OPTION...: table and picture in a folder, the numbers beside it
+  local name=$1 model=$2
+  shift 2
+  moyu eval "$model" --dtype float32 --out "$out/eval/$name" --json "$out/eval/$name.json" "$@"
 }
 router() { # router MODEL: trained on the stories' training part
   local name
   name=$(basename "$1")
-  $moyu train-router "$1" --dtype float32 --texts "$work/stories.txt" --out "$work/router_$name" \
+  [[ ! -s $out/eval/router_$name.json || ! -d $work/router_$name ]] || return 0
+  moyu train-router "$1" --dtype float32 --texts "$work/stories.txt" --out "$work/router_$name" \
     --json "$out/eval/router_$name.json"
 }
 abroad() { # abroad MODEL: its router of the stories on news, offline and online
   local name
   name=$(basename "$1")
-  router "$1" && $moyu eval "$1" --dtype float32 --methods dense,roda,roda-online --router "$work/router_$name" \
-    --text "$data/train_mix/heldout/cnndm.txt" --texts 24 --written 0 \
-    --out "$out/eval/roda_news_$name" --json "$out/eval/roda_news_$name.json"
+  router "$1" && scored "roda_news_$name" "$1" --methods dense,roda,roda-online \
+    --router "$work/router_$name" --text "$data/train_mix/heldout/cnndm.txt" --texts 24 --written 0
 }
 
 twins=(stories_silu stories_relu)
 pareto=(--methods all --texts 16 --written 32)
 if [[ -n $data ]]; then
-  $python - "$work/stories.txt" <<'PYTHON'
+  "${PYTHON:-python3}" - "$work/stories.txt" <<'PYTHON'
 import sys
 from pathlib import Path
 
@@ -98,7 +102,7 @@ fi
 wait
 echo
 sort -k1 "$work/summary"
-printf '%-28s %16d s\n' "all" "$SECONDS"
+printf '%-28s %16d s\n' all "$SECONDS"
 if grep -q FAILED "$work/summary"; then
   echo "see $out/logs" >&2
   exit 1
