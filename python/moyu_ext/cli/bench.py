@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,7 +25,8 @@ app = typer.Typer(
     "plain PyTorch. Times differ from machine to machine; the ratios are what counts, and only on "
     "a machine that does nothing else.",
 )
-console = Console()
+# Where there is no terminal to ask, wide enough for every column.
+console = Console(width=None if sys.stdout.isatty() else 120)
 _PLAIN: dict[str, Any] = {"highlight": False, "soft_wrap": True}
 
 Geometry = Annotated[
