@@ -109,7 +109,7 @@ def tune(
             progress=progress,
         )
     tuned.save_pretrained(out)
-    result: dict[str, Any] = {"command": "tune", "model": model} | tuned.as_dict()
+    result: dict[str, Any] = {"command": "tune", "model": tuned.thresholds.model} | tuned.as_dict()
     if measure_speed:
         result["measured"] = _speed(lm, tuned, measure_speed)
     frontier(tuned, out / "frontier.png", result.get("measured", {}).get("speedup"))
