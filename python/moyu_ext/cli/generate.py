@@ -16,9 +16,6 @@ from . import common
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Below this the MLPs of a model live in a CPU's cache, and skipping neurons saves little time.
-_SMALL_MLP_BYTES = 256 * 2**20
-
 
 @dataclasses.dataclass
 class _Run:
@@ -170,7 +167,7 @@ def generate(
         result["dense_tokens_per_second"] = dense.tokens_per_second
         result["speedup"] = run.tokens_per_second / dense.tokens_per_second
         result["agreement"] = agreement(ours, choices(lm, run.ids, context))
-    _summary(lm, result, used.cost() if used.share < 1 else None)
+    _summary(result, used.cost() if used.share < 1 else None)
     common.write_json(json, result)
 
 
@@ -205,7 +202,7 @@ def _generate(
     return _Run(ids, times[1:])  # the first is the prompt itself
 
 
-def _summary(model: Any, result: dict[str, Any], cost: str | None) -> None:
+def _summary(result: dict[str, Any], cost: str | None) -> None:
     lines = [
         "",
         f"method      {result['method']}",
@@ -230,20 +227,9 @@ def _summary(model: Any, result: dict[str, Any], cost: str | None) -> None:
             f"agreement   {_number(result['agreement'], '.1%')} of the next tokens are those that "
             "the dense model takes after the same text"
         )
-        if result["speedup"] < 1.1 and _mlp_bytes(model) < _SMALL_MLP_BYTES:
-            lines.append(
-                "note        the MLPs of this model fit into a CPU's cache; sparsity saves time "
-                "where they do not (moyu bench mlp)"
-            )
     for line in lines:
         typer.echo(line, err=True)
 
 
 def _number(value: float, form: str) -> str:
     return "-" if value != value else format(value, form)
-
-
-def _mlp_bytes(model: Any) -> int:
-    from ..patching.families import find_mlps
-
-    return sum(3 * site.d * site.f * model.dtype.itemsize for site in find_mlps(model))

@@ -173,6 +173,7 @@ def report(model: nn.Module, *, reset: bool = False) -> Report:
                 bytes_share(patched.method.plan, density, matrices) + added / size,
                 mlp.clock.seconds,
                 mlp.dense_seconds,
+                size,
             )
         )
         if reset:

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from ..guard import GuardReport
 
+# Below this all MLPs of a model live in a large CPU's cache.
+_CACHED = 256 * 2**20
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -19,7 +22,8 @@ class LayerReport:
     that the method keeps beside the weights; share: bytes read per governed token, those of
     added_bytes included, of the dense MLP's weights; seconds: mean time of the governed forwards
     with one token but the first, and dense_seconds of the MLP before the patch (NaN off the CPU,
-    under torch.compile, and dense_seconds after the model was moved or converted).
+    under torch.compile, and dense_seconds after the model was moved or converted); dense_bytes: of
+    the MLP's weights.
     """
 
     index: int
@@ -34,6 +38,7 @@ class LayerReport:
     share: float = math.nan
     seconds: float = math.nan
     dense_seconds: float = math.nan
+    dense_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,8 @@ class Report:
         """Memory, predicted and measured speed in one sentence."""
         most = f"{1 / self.share:.2f}" if self.share else "inf"
         measured = "" if math.isnan(self.speedup) else f", {self.speedup:.2f}x as measured"
+        if self.speedup < 1.1 and sum(layer.dense_bytes for layer in self.layers) < _CACHED:
+            measured += " (they fit into a CPU's cache, where sparsity saves little time)"
         return (
             f"{self.added_bytes / 2**20:.2f} MiB added, {100 * self.share:.1f} % of the MLPs' "
             f"bytes read per token: MLPs at most {most}x as fast at one row{measured}"
