@@ -86,7 +86,8 @@ PYTHON
 fi
 for twin in "${twins[@]}"; do evaluate "pareto_$twin" "$twin" "${pareto[@]}"; done
 [[ -z $data ]] || study tables studies/twins "${twins[@]}"
-for name in history training heavy-hitters inertia gradient; do
+made study training studies/twins # trains models of its own
+for name in history heavy-hitters inertia gradient; do
   made study "$name" studies/twins "${twins[@]}"
 done
 [[ -n $data ]] || made study tables studies/twins "${twins[@]}"
