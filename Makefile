@@ -26,7 +26,8 @@ PY := $(ENV)/bin/python
 INSTALLED := $(ENV)/moyu-installed$(if $(filter-out .venv,$(ENV)),$(subst /,-,$(CURDIR)))
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*/* moyu_ext/*)
 CXX_FILES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh moyu_ext/*.h \
-  moyu_ext/*.cpp benchmarks/*.h benchmarks/*.cpp benchmarks/*.cu benchmarks/*.cuh tests/cpp/*.h tests/cpp/*.cpp)
+  moyu_ext/*.cpp benchmarks/*.h benchmarks/*.cpp benchmarks/*.cu benchmarks/*.cuh tests/cpp/*.h \
+  tests/cpp/*.cpp)
 
 help:
 	@echo "make demo       calibrate, patch and compare on a small model that ships with the project"
