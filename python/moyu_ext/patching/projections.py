@@ -58,8 +58,8 @@ def find_projections(model: nn.Module, sites: list[MlpSite]) -> list[tuple[nn.Mo
     device = sites[0].linear(sites[0].family.up).weight.device
     if device.type != "cpu":
         raise ConfigurationError(
-            f"projections=True is for models on the CPU, this one is on {device}; leave it out, and "
-            "torch computes these layers as before"
+            f"projections=True is for models on the CPU, this one is on {device}; leave it out: "
+            "torch then computes these layers as before"
         )
     taken = {id(site.linear(name)) for site in sites for name in site.family.linears}
     found = [
