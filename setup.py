@@ -9,6 +9,7 @@ import os
 import shutil
 import site
 import subprocess
+import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -113,6 +114,10 @@ def extension() -> cpp_extension.CppExtension:
         ("MOYU_TORCH_BUILT_WITH", f'"{torch.__version__}"'),
     ]
     sources, include_dirs, link = list(CPU_SOURCES), [pybind11.get_include()], ["-fopenmp"]
+    if sys.platform == "linux":
+        # torch's own C++ runtime, also where LDFLAGS says -static-libstdc++: with a second copy in
+        # the process, the first message that holds a number crashes.
+        link.append("-l:libstdc++.so.6")
     if CUDA is not None:
         sources.append("moyu_ext/cuda_ops.cpp")
         include_dirs.append(str(CUDA / "include"))

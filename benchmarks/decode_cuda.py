@@ -1,9 +1,10 @@
 """Whole-model generation on a GPU: Hugging Face dense beside a patched model, in one run.
 
-Both models hold the same random weights, both run in the same mode: `static` is a static cache,
+All hold the same random weights, all run in the same mode: `static` is a static cache,
 with the decode step compiled by generate() into CUDA graphs; `dynamic` is eager. Runs alternate.
 Before a row is written, the patched model's logits are compared with those of the same rule in
-plain PyTorch (moyu_ext.scoring).
+plain PyTorch (moyu_ext.scoring); and where tokens choose their neurons, so that one rounding
+changes a set and with it the text, every MLP's output in an eager decode step with the reference.
 
     python benchmarks/decode_cuda.py --method stda --density 0.3288 --csv benchmarks/results/x.csv
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import fcntl
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,11 +26,15 @@ from typing import Any
 import torch
 from moyu_ext.benchmarking import check_csv, geometry, method_at, write_csv
 from moyu_ext.benchmarking.cases import mlp_neurons
+from moyu_ext.benchmarking.decode import PROJECTIONS, mlp_errors
+from moyu_ext.benchmarking.geometries import Geometry
 from moyu_ext.benchmarking.probes import shadow_of
 from moyu_ext.benchmarking.random_model import random_model, weight_bytes
 from moyu_ext.benchmarking.rows import BenchmarkError, Row, make_row, quantile
+from moyu_ext.methods.base import Method, TokenRule
 from moyu_ext.patching.cache import cache_of, passing
 from moyu_ext.patching.families import find_mlps
+from moyu_ext.patching.patch import is_patched
 from moyu_ext.patching.sparse_mlp import SparseMLP
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -53,6 +59,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--csv", type=Path, help="append the rows to this file")
+    parser.add_argument(
+        "--projections", action="store_true", help="also with patch(..., projections=True)"
+    )
+    parser.add_argument(
+        "--lock", type=Path, help="of several runs with this file, one at a time is measured"
+    )
     parser.add_argument("--profile", action="store_true", help="run for nsys; nothing is measured")
     return parser.parse_args()
 
@@ -73,18 +85,26 @@ def seconds(device: torch.device, work: Callable[[], Any]) -> float:
     return time.perf_counter() - begin
 
 
-def logits_error(model: PreTrainedModel, ids: Tensor, new: int, mode: str) -> float:
-    """Largest difference between generation's logits and the rule's in plain PyTorch, relative.
+def checked_error(model: PreTrainedModel, ids: Tensor, new: int, mode: str) -> float:
+    """The largest error relative to the largest element; BenchmarkError where it is too large.
 
+    Of generation's logits against the rule's in plain PyTorch; for a rule of tokens, of an MLP.
     Generates as many tokens as are timed: a static cache of another length is compiled anew.
     """
+    sites = find_mlps(model)
+    if isinstance(sites[0].entry.rule, TokenRule):
+        with torch.inference_mode():
+            return mlp_errors(model, sites, ids, "patched")[1]
     out = generate(model, ids, new, mode, return_dict_in_generate=True, output_logits=True)
     got = torch.stack(out.logits, 1).double()
     with torch.inference_mode(), moyu_ext.scoring(model, ids.shape[1]):
         logits = model(input_ids=out.sequences, use_cache=False).logits
     want = logits[:, ids.shape[1] - 1 : -1].double()
     # The first token comes from the prompt's dense pass, on both sides.
-    return float((got - want).abs().max() / want.abs().max())
+    error = float((got - want).abs().max() / want.abs().max())
+    if not error <= ALLOWED[model.dtype]:
+        raise BenchmarkError(f"relative error of the logits {error:.2e}: no row is written")
+    return error
 
 
 def copy_gbps(device: torch.device) -> float:
@@ -101,57 +121,88 @@ def shadow_bytes(model: PreTrainedModel) -> int:
     return sum(rule.router.shadow.data.numel() for rule in rules if rule is not None)
 
 
-def measure(args: argparse.Namespace, dense: PreTrainedModel, model: PreTrainedModel) -> list[Row]:
+@contextmanager
+def lock(file: Path | None) -> Iterator[Callable[[], None]]:
+    """Several runs prepare at once; one that calls what it gets here goes on when no other prepares
+    or measures, until the end of the block."""
+    if file is None:
+        yield lambda: None
+        return
+    with file.open("w") as opened:
+        fcntl.flock(opened, fcntl.LOCK_SH)
+        yield lambda: fcntl.flock(opened, fcntl.LOCK_EX)
+
+
+def patched_twin(dense: PreTrainedModel, method: Method, projections: bool) -> PreTrainedModel:
+    """A patched copy; all weights are shared but W_down, which has another layout."""
+    own = {id(site.linear(site.family.down).weight) for site in find_mlps(dense)}
+    shared = {id(p): p for p in dense.parameters() if id(p) not in own}
+    return moyu_ext.patch(copy.deepcopy(dense, shared), method, projections=projections)
+
+
+def measure(
+    args: argparse.Namespace,
+    dense: PreTrainedModel,
+    models: dict[str, PreTrainedModel],
+    wait: Callable[[], None],
+) -> list[Row]:
+    """Rows of the dense model and of the patched ones; `wait` comes before the first time."""
     size, device = geometry(args.geometry), dense.device
-    dtype = getattr(torch, args.dtype)
     g = torch.Generator().manual_seed(5)
     ids = torch.randint(3, size.vocabulary, (1, args.prompt), generator=g).to(device)
-    error = logits_error(model, ids, args.new, args.mode)
-    if not error <= ALLOWED[dtype]:
-        raise BenchmarkError(f"relative error of the logits {error:.2e}: no row is written")
-    sides = {"dense": dense, args.method: model}
+    sides = {"dense": dense, **models}
+    errors = {"dense": 0.0}
     times: dict[str, list[float]] = {name: [] for name in sides}
     bandwidth = []
-    moyu_ext.report(model, reset=True)
+    for name, model in models.items():
+        errors[name] = checked_error(model, ids, args.new, args.mode)
+        moyu_ext.report(model, reset=True)
     for turn in range(args.rounds + 1):  # the first one compiles and captures
+        if turn == 1:
+            wait()
         for name, side in sides.items():
             took = seconds(device, lambda side=side: generate(side, ids, args.new, args.mode))
             if turn:
                 times[name].append(took * 1e6)
-        bandwidth.append(copy_gbps(device))
-    density = moyu_ext.report(model).density
-    layers = dense.config.num_hidden_layers
-    everything = weight_bytes(dense)
-    if not size.tied:  # of the embedding a token reads one row
-        everything -= dense.get_input_embeddings().weight.nbytes
-    plan = getattr(model, "_moyu_patch").method.plan  # noqa: B009
-    neurons = layers * mlp_neurons("dense", size.f, size.f, size.gated)
-    neurons -= layers * mlp_neurons(plan, density * size.f, size.f, size.gated)
-    needed = everything - neurons * size.d * dtype.itemsize + shadow_bytes(model)
+        if turn:
+            bandwidth.append(copy_gbps(device))
     rows = []
-    for name, read, d, e in (
-        ("dense", everything, 1.0, 0.0),
-        (args.method, needed, density, error),
-    ):
+    for name, side in sides.items():
+        plan, density, read = bytes_read(side, size)
         rows.append(
             make_row(
                 name=f"generate-{args.prompt}+{args.new}-{args.mode}",
                 device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
                 dtype=args.dtype,
-                geometry=args.geometry + (f"/{layers}" if args.layers else ""),
+                geometry=args.geometry + (f"/{args.layers}" if args.layers else ""),
                 method=name,
-                plan="dense" if name == "dense" else plan,
+                plan=plan,
                 rows=1,
-                density=d,
+                density=density,
                 microseconds=times[name],
                 dense_microseconds=times["dense"],
-                bytes=int(read * args.new),
+                bytes=read * args.new,
                 bandwidth_gbps=quantile(bandwidth, 0.5),
                 dense_impl=f"transformers {args.mode}",
-                max_rel_err=e,
+                max_rel_err=errors[name],
             )
         )
     return rows
+
+
+def bytes_read(model: PreTrainedModel, size: Geometry) -> tuple[str, float, int]:
+    """(plan, density, bytes of weights that a decode step must read)."""
+    read = weight_bytes(model)
+    if not size.tied:  # of the embedding a token reads one row
+        read -= model.get_input_embeddings().weight.nbytes
+    if not is_patched(model):
+        return "dense", 1.0, read
+    plan = getattr(model, "_moyu_patch").method.plan  # noqa: B009
+    density = moyu_ext.report(model).density
+    skipped = mlp_neurons("dense", size.f, size.f, size.gated)
+    skipped -= mlp_neurons(plan, density * size.f, size.f, size.gated)
+    read -= round(model.config.num_hidden_layers * skipped * size.d) * model.dtype.itemsize
+    return plan, density, read + shadow_bytes(model)
 
 
 @contextmanager
@@ -206,15 +257,19 @@ def main() -> None:
         raise SystemExit("decode_cuda: no CUDA device, or a CPU-only torch; nothing is measured")
     torch.manual_seed(0)
     dtype = getattr(torch, args.dtype)
-    dense = random_model(
-        geometry(args.geometry), dtype, layers=args.layers, positions=args.prompt + args.new + 8,
-        device=args.device,
-    )  # fmt: skip
-    method = method_at(args.method, args.density)(dense)
-    if args.profile:
-        profile(args, moyu_ext.patch(dense, method))
-        return
-    rows = measure(args, dense, moyu_ext.patch(copy.deepcopy(dense), method))
+    with lock(args.lock) as wait:
+        dense = random_model(
+            geometry(args.geometry), dtype, layers=args.layers,
+            positions=args.prompt + args.new + 8, device=args.device,
+        )  # fmt: skip
+        method = method_at(args.method, args.density)(dense)
+        if args.profile:
+            profile(args, moyu_ext.patch(dense, method, projections=args.projections))
+            return
+        models = {args.method: patched_twin(dense, method, projections=False)}
+        if args.projections:
+            models[args.method + PROJECTIONS] = patched_twin(dense, method, projections=True)
+        rows = measure(args, dense, models, wait)
     for row in rows:
         print(row)
     if args.csv:

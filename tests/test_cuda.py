@@ -432,3 +432,18 @@ def test_generate_with_a_static_cache(tiny: Make, prompt: Prompt, name: str) -> 
         ids = prompt(length, 1, seed)
         assert torch.equal(tokens(model, ids, cache_implementation="static"), tokens(eager, ids))
     assert report(model).density == pytest.approx(report(eager).density, abs=0.01)
+
+
+@pytest.mark.slow
+def test_projections(tiny: Make, prompt: Prompt) -> None:
+    """Also attention's and the head's layers, compiled and not; only rounding changes."""
+    plain = patch(tiny("llama").cuda(), STDA(0.3))
+    model = patch(tiny("llama").cuda(), STDA(0.3), projections=True)
+    for seed, length in enumerate((13, 21)):
+        ids = prompt(length, 1, seed)
+        expected = tokens(plain, ids)
+        assert torch.equal(tokens(model, ids), expected)
+        assert torch.equal(tokens(model, ids, cache_implementation="static"), expected)
+    with torch.no_grad():
+        one = prompt(1).cuda()
+        torch.testing.assert_close(model(one).logits, plain(one).logits, rtol=1e-4, atol=1e-4)

@@ -30,12 +30,13 @@ class Case:
         shadow = build_shadow(weights, *bits)
         self.bits = (shadow.bits_gate, shadow.bits_up)
         self.shadow, self.norms = shadow.data, weights.column_norms()
+        self.gpu_shadow = (self.shadow.cuda(), self.norms.cuda())
 
     def scores(self, x: Tensor | None = None) -> Tensor:
         g = self.gpu
         return ops.shadow_scores(
-            g["x"] if x is None else x, self.shadow.cuda(), self.norms.cuda(), g["gate_bias"],
-            g["up_bias"], g["gate"] is not None, *self.bits, "silu",
+            g["x"] if x is None else x, *self.gpu_shadow, g["gate_bias"], g["up_bias"],
+            g["gate"] is not None, *self.bits, "silu",
         )  # fmt: skip
 
     def plain_scores(self) -> Tensor:
@@ -48,8 +49,7 @@ class Case:
     def mlp(self, epsilon: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
         weights = [self.gpu[name] for name in WEIGHTS]
         out, counts = ops.shadow_mlp(
-            self.gpu["x"], *weights, self.shadow.cuda(), self.norms.cuda(), epsilon, k,
-            *self.bits, "silu",
+            self.gpu["x"], *weights, *self.gpu_shadow, epsilon, k, *self.bits, "silu",
         )  # fmt: skip
         return out, counts
 
@@ -80,8 +80,9 @@ def test_shadow_operators(dtype: torch.dtype, size: tuple[int, int], bits: tuple
 
 def test_ties_go_to_the_lower_index() -> None:
     case = Case(64, 300, 2, torch.float32, (2, 2))
-    case.shadow[1:] = case.shadow[0]
-    case.norms.fill_(1.0)
+    for shadow, norms in ((case.shadow, case.norms), case.gpu_shadow):
+        shadow[1:] = shadow[0].clone()
+        norms.fill_(1.0)
     assert (case.scores() == case.scores()[:, :1]).all()
     for k in (1, 37, 299):
         case.check(None, k)
@@ -135,7 +136,7 @@ def test_a_row_does_not_depend_on_the_others() -> None:
 def test_opcheck_and_bad_arguments() -> None:
     case = Case(24, 16, 2, torch.float32, (2, 2))
     weights = [case.gpu[name] for name in WEIGHTS]
-    shadow, norms = case.shadow.cuda(), case.norms.cuda()
+    shadow, norms = case.gpu_shadow
     check = torch.library.opcheck
     check(ops.shadow_scores, (case.gpu["x"], shadow, norms, None, None, True, 2, 2, "silu"))
     check(ops.shadow_mlp, (case.gpu["x"], *weights, shadow, norms, None, 5, 2, 2, "silu"))

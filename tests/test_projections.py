@@ -146,6 +146,3 @@ def test_refusals(tiny: Make, prompt: Prompt) -> None:
     model.lm_head.forward = None
     with pytest.raises(ConfigurationError, match=r"no plain torch.nn.Linear beside its MLPs"):
         find_projections(model, sites)
-    model.to("meta")
-    with pytest.raises(ConfigurationError, match="projections=True is for models on the CPU"):
-        find_projections(model, sites)

@@ -8,6 +8,9 @@ namespace moyu::cuda {
 inline constexpr int kCompactThreads = 1024;
 inline constexpr int kCompactWarps = kCompactThreads / 32;
 inline constexpr int kWords = 2048;  // 32 flags each: 65,536 positions a round
+// Positions of a thread whose loads are in flight together; the latency of one load is what a
+// block alone on its multiprocessor waits for.
+inline constexpr int kPositionsAhead = 16;
 static_assert(kCompactWarps == 32 && kWords == 2 * kCompactThreads);
 
 struct Scan {
@@ -41,11 +44,19 @@ __device__ __forceinline__ int64_t compact(CompactShared& s, int64_t f, const Ac
   int64_t found = 0;
   for (int64_t begin = 0; begin < f; begin += int64_t{kWords} * 32) {
     const int words = static_cast<int>(min((f - begin + 31) / 32, int64_t{kWords}));
-#pragma unroll 4
-    for (int word = warp; word < words; word += kCompactWarps) {
-      const int64_t i = begin + word * 32 + lane;
-      const unsigned bits = __ballot_sync(kAllLanes, i < f && active(i));
-      if (lane == 0) s.bits[word] = bits;
+    for (int first = warp; first < words; first += kPositionsAhead * kCompactWarps) {
+      bool on[kPositionsAhead];
+#pragma unroll
+      for (int k = 0; k < kPositionsAhead; ++k) {
+        const int64_t i = begin + (first + k * kCompactWarps) * 32 + lane;
+        on[k] = i < f && active(i);
+      }
+#pragma unroll
+      for (int k = 0; k < kPositionsAhead; ++k) {
+        const int word = first + k * kCompactWarps;
+        const unsigned bits = __ballot_sync(kAllLanes, on[k]);
+        if (lane == 0 && word < words) s.bits[word] = bits;
+      }
     }
     __syncthreads();
     // Prefix sum of the words' counts, two words a thread.
@@ -56,11 +67,11 @@ __device__ __forceinline__ int64_t compact(CompactShared& s, int64_t f, const Ac
     s.offset[word] = scan.upto - first - second;
     s.offset[word + 1] = scan.upto - second;
     __syncthreads();
+#pragma unroll 4
     for (int w = warp; w < words; w += kCompactWarps) {
       const unsigned bits = s.bits[w];
-      if (bits >> lane & 1u)
-        indices[found + s.offset[w] + __popc(bits & ((1u << lane) - 1))] =
-            static_cast<int32_t>(begin + w * 32 + lane);
+      const int64_t at = found + s.offset[w] + __popc(bits & ((1u << lane) - 1));
+      if (bits >> lane & 1u) indices[at] = static_cast<int32_t>(begin + w * 32 + lane);
     }
     found += scan.total;
     __syncthreads();  // the next round writes s.bits again; only where f > 65,536

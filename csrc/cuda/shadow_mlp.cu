@@ -86,44 +86,42 @@ __device__ __forceinline__ uint64_t find_cut(ChooseShared& s, const float* score
   return prefix;
 }
 
-// Writes the list of the neurons that some row chose, and every row's mask.
-__device__ __forceinline__ void list_chosen(ChooseShared& s, const ChooseParams& p) {
-  const auto active = [&](int64_t i) {
-    bool any = false;
-    for (int r = 0; r < p.rows; ++r) {
-      const bool mine = key_of(p.scores[r * p.f + i], i) >= s.cuts[r];
-      if (p.mask != nullptr) p.mask[r * p.f + i] = mine ? 1 : 0;
-      any = any || mine;
-    }
-    return any;
-  };
-  const int64_t found = compact(s.compact, p.f, active, p.indices);
-  if (threadIdx.x == 0) *p.count = static_cast<int32_t>(found);
-}
-
 // One block per row; a single row's block also makes the list.
 __global__ void __launch_bounds__(kCompactThreads) choose_kernel(ChooseParams p) {
   MOYU_SHARED(ChooseShared, s);
   wait_for_previous_kernel();
   allow_next_kernel();
-  const uint64_t cut = p.k > 0 ? find_cut(s, p.scores + blockIdx.x * p.f, p.f, p.k) : ~uint64_t{0};
+  const float* const scores = p.scores + blockIdx.x * p.f;
+  const uint64_t cut = p.k > 0 ? find_cut(s, scores, p.f, p.k) : ~uint64_t{0};
   if (threadIdx.x == 0) {
     p.counts[blockIdx.x] = static_cast<int32_t>(p.k);
     p.cuts[blockIdx.x] = cut;
-    s.cuts[0] = cut;
   }
-  __syncthreads();
-  if (p.rows == 1) list_chosen(s, p);
+  if (p.rows > 1) return;
+  __syncthreads();  // the list takes the histogram's place
+  const auto active = [&](int64_t i) { return key_of(scores[i], i) >= cut; };
+  const int64_t found = compact(s.compact, p.f, active, p.indices);
+  if (threadIdx.x == 0) *p.count = static_cast<int32_t>(found);
 }
 
-// One block, for several rows.
+// One block, for several rows: every row's mask, and the list of the neurons that some row chose.
 __global__ void __launch_bounds__(kCompactThreads) unite_kernel(ChooseParams p) {
   MOYU_SHARED(ChooseShared, s);
   wait_for_previous_kernel();
   allow_next_kernel();
   if (static_cast<int>(threadIdx.x) < p.rows) s.cuts[threadIdx.x] = p.cuts[threadIdx.x];
   __syncthreads();
-  list_chosen(s, p);
+  const auto active = [&](int64_t i) {
+    bool any = false;
+    for (int r = 0; r < p.rows; ++r) {
+      const bool mine = key_of(p.scores[r * p.f + i], i) >= s.cuts[r];
+      p.mask[r * p.f + i] = mine ? 1 : 0;
+      any = any || mine;
+    }
+    return any;
+  };
+  const int64_t found = compact(s.compact, p.f, active, p.indices);
+  if (threadIdx.x == 0) *p.count = static_cast<int32_t>(found);
 }
 
 }  // namespace

@@ -13,51 +13,50 @@ struct QuantiseParams {
   int8_t* out;
   float* step;
   float* offset;
-  int64_t d, blocks;
+  int64_t d, blocks, items;  // items: blocks of all rows
 };
 
-struct QuantiseShared {
-  int32_t of_warps[kWarps];
-};
-
-// Over the block; `combine` is associative. Ends with a barrier.
-template <typename Combine>
-__device__ __forceinline__ int block_reduce(QuantiseShared& s, int v, const Combine& combine) {
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2)
-    v = combine(v, __shfl_xor_sync(kAllLanes, v, offset));
-  if (threadIdx.x % 32 == 0) s.of_warps[threadIdx.x / 32] = v;
-  __syncthreads();
-  v = s.of_warps[0];
-#pragma unroll
-  for (int w = 1; w < kWarps; ++w) v = combine(v, s.of_warps[w]);
-  __syncthreads();
-  return v;
-}
-
-// One block of threads per row and 256 elements.
+// One warp per row and 256 elements, 8 to a lane.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) quantise_kernel(QuantiseParams<T> p) {
-  static_assert(kThreads == kShadowBlock);
-  MOYU_SHARED(QuantiseShared, s);
+  constexpr int kEach = kShadowBlock / 32;
   wait_for_previous_kernel();
   allow_next_kernel();
-  const int64_t row = blockIdx.x / p.blocks, block = blockIdx.x % p.blocks;
-  const int64_t c = block * kShadowBlock + threadIdx.x;
-  const float v = c < p.d ? to_float(p.x[row * p.d + c]) : 0.0f;
+  const int lane = threadIdx.x % 32;
+  const int64_t item = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
+  if (item >= p.items) return;
+  const int64_t row = item / p.blocks, first = item % p.blocks * kShadowBlock + lane * kEach;
+  float v[kEach];
+#pragma unroll
+  for (int e = 0; e < kEach; ++e)
+    v[e] = first + e < p.d ? to_float(p.x[row * p.d + first + e]) : 0.0f;
   // Magnitudes order like their bits, infinity and NaN above all.
-  const auto magnitude = static_cast<int>(__float_as_uint(v) & 0x7fffffffu);
-  const int largest = block_reduce(s, magnitude, [](int a, int b) { return max(a, b); });
+  int largest = 0;
+#pragma unroll
+  for (int e = 0; e < kEach; ++e)
+    largest = max(largest, static_cast<int>(__float_as_uint(v[e]) & 0x7fffffffu));
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2)
+    largest = max(largest, __shfl_xor_sync(kAllLanes, largest, offset));
   const float most = __uint_as_float(static_cast<unsigned>(largest));
   // A step of NaN makes every estimate NaN, which counts as active.
   const float step = largest < 0x7f800000 ? most / 127.0f : __uint_as_float(0x7fc00000u);
-  // Where step is subnormal v / step may exceed 127.
-  const float code = step > 0.0f ? fminf(fmaxf(rintf(v / step), -127.0f), 127.0f) : 0.0f;
-  const int sum = block_reduce(s, static_cast<int>(code), [](int a, int b) { return a + b; });
-  p.out[int64_t{blockIdx.x} * kShadowBlock + threadIdx.x] = static_cast<int8_t>(code);
-  if (threadIdx.x == 0) {
-    p.step[blockIdx.x] = step;
-    p.offset[blockIdx.x] = step * static_cast<float>(sum);
+  int sum = 0;
+  uint2 packed = {0, 0};
+#pragma unroll
+  for (int e = 0; e < kEach; ++e) {
+    // Where step is subnormal v / step may exceed 127.
+    const float code = step > 0.0f ? fminf(fmaxf(rintf(v[e] / step), -127.0f), 127.0f) : 0.0f;
+    const int c = static_cast<int>(code);
+    sum += c;
+    (e < 4 ? packed.x : packed.y) |= (static_cast<unsigned>(c) & 0xffu) << (e % 4 * 8);
+  }
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(kAllLanes, sum, offset);
+  *reinterpret_cast<uint2*>(p.out + item * kShadowBlock + lane * kEach) = packed;
+  if (lane == 0) {
+    p.step[item] = step;
+    p.offset[item] = step * static_cast<float>(sum);
   }
 }
 
@@ -72,8 +71,8 @@ struct EstimateParams {
   const void* gate_bias;  // T [f] or null
   const void* up_bias;
   EstimateResult result;
-  int64_t blocks, record_bytes, f;
-  int bits_gate, bits_up, rows;
+  int64_t record_bytes, f;
+  int blocks, bits_gate, bits_up, rows;
   DType dtype;
   Activation activation;
 };
@@ -126,55 +125,61 @@ __device__ __forceinline__ int codes_dot(const Codes<kBits>& c, const uint4 (&x)
   if constexpr (kBits == 4) return fields_dot<4, 2>(c.low, x) + fields_dot<4, 2>(c.top, x + 2);
 }
 
-// A warp's neurons at a time: a load of 16 bytes or two in flight for each, as registers allow.
+// Records that a warp reads at a time, as registers allow: a load of 16 bytes or two in flight for
+// each. One record is gate's or up's codes of one neuron.
 template <int kRows>
-inline constexpr int kNeurons = kRows <= 4 ? 4 : 2;
+inline constexpr int kStreams = kRows <= 2 ? 4 : 2;
 
-// sums[k * kRows + r] = this lane's part of neuron k's estimate for row r. codes and scales are
-// those of neuron 0 of n.
-template <int kBits, int kRows>
-__device__ __forceinline__ void shadow_dots(const EstimateParams& p, const uint8_t* codes,
-                                            const uint8_t* scales, int n,
-                                            float (&sums)[kNeurons<kRows> * kRows]) {
+// Where a matrix's codes and scales begin in a neuron's record.
+struct Place {
+  int codes, scales;
+};
+
+// sums[(k * kMatrices + m) * kRows + r] = this lane's part of the dot product of neuron k's matrix
+// m with row r. `records` begins with neuron 0 of n.
+template <int kBits, int kMatrices, int kRows>
+__device__ __forceinline__ void shadow_dots(const EstimateParams& p, const uint8_t* records,
+                                            const Place (&places)[kMatrices], int n,
+                                            float (&sums)[kStreams<kRows> * kRows]) {
   constexpr float kZero = ((1 << kBits) - 1) * 0.5f;
-  for (int64_t at = threadIdx.x % 32; at < kQuarters * p.blocks; at += 32) {
-    const int64_t block = at / kQuarters;
-    const int quarter = static_cast<int>(at % kQuarters);
-    Codes<kBits> c[kNeurons<kRows>];
-    float scale[kNeurons<kRows>];
+#pragma unroll kRows == 1 && kBits <= 2 ? 2 : 1
+  for (int at = threadIdx.x % 32; at < kQuarters * p.blocks; at += 32) {
+    const int block = at / kQuarters, quarter = at % kQuarters;
+    Codes<kBits> c[kStreams<kRows>];
+    float scale[kStreams<kRows>];
 #pragma unroll
-    for (int k = 0; k < kNeurons<kRows>; ++k) {
-      const int64_t record = min(k, n - 1) * p.record_bytes;
-      c[k] = load_codes<kBits>(codes + record + block * (32 * kBits), quarter, k < n);
-      scale[k] = to_float(reinterpret_cast<const __nv_bfloat16*>(scales + record)[block]);
+    for (int i = 0; i < kStreams<kRows>; ++i) {
+      const int k = i / kMatrices;
+      const uint8_t* const record = records + min(k, n - 1) * p.record_bytes;
+      const Place& place = places[i % kMatrices];
+      c[i] = load_codes<kBits>(record + place.codes + block * (32 * kBits), quarter, k < n);
+      scale[i] = to_float(reinterpret_cast<const __nv_bfloat16*>(record + place.scales)[block]);
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const int64_t in = min(r, p.rows - 1) * p.blocks + block;
+      const int in = min(r, p.rows - 1) * p.blocks + block;
       const auto* const words =
           reinterpret_cast<const uint4*>(p.x + in * kShadowBlock + 16 * quarter);
       const uint4 x[4] = {words[0], words[4], words[8], words[12]};
       const float step = p.step[in], zero = quarter == 0 ? kZero * p.offset[in] : 0.0f;
 #pragma unroll
-      for (int k = 0; k < kNeurons<kRows>; ++k) {
-        if (k >= n) break;
-        sums[k * kRows + r] += scale[k] * (step * static_cast<float>(codes_dot(c[k], x)) - zero);
-      }
+      for (int i = 0; i < kStreams<kRows>; ++i)
+        sums[i * kRows + r] += scale[i] * (step * static_cast<float>(codes_dot(c[i], x)) - zero);
     }
   }
 }
 
-// The estimates of n neurons for all rows; the value of neuron k and row r is returned to the lane
-// (k * kRows + r) * 32 / (kNeurons * kRows).
-template <int kRows>
-__device__ __forceinline__ float estimate(const EstimateParams& p, int bits, const uint8_t* codes,
-                                          const uint8_t* scales, int n) {
-  float sums[kNeurons<kRows> * kRows] = {};
+// The dot products of up to kStreams / kMatrices neurons with all rows; that of (k, m, r) is
+// returned to lane ((k * kMatrices + m) * kRows + r) * 32 / (kStreams * kRows).
+template <int kMatrices, int kRows>
+__device__ __forceinline__ float estimate(const EstimateParams& p, int bits, const uint8_t* records,
+                                          const Place (&places)[kMatrices], int n) {
+  float sums[kStreams<kRows> * kRows] = {};
   switch (bits) {
-    case 1: shadow_dots<1, kRows>(p, codes, scales, n, sums); break;
-    case 2: shadow_dots<2, kRows>(p, codes, scales, n, sums); break;
-    case 3: shadow_dots<3, kRows>(p, codes, scales, n, sums); break;
-    default: shadow_dots<4, kRows>(p, codes, scales, n, sums); break;
+    case 1: shadow_dots<1, kMatrices, kRows>(p, records, places, n, sums); break;
+    case 2: shadow_dots<2, kMatrices, kRows>(p, records, places, n, sums); break;
+    case 3: shadow_dots<3, kMatrices, kRows>(p, records, places, n, sums); break;
+    default: shadow_dots<4, kMatrices, kRows>(p, records, places, n, sums); break;
   }
   return warp_sum(sums);
 }
@@ -196,41 +201,46 @@ template <int kRows>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     shadow_scores_kernel(EstimateParams p) {
   MOYU_SHARED(EstimateShared<kRows>, s);
-  constexpr int kValues = kNeurons<kRows> * kRows, kLanes = 32 / kValues;
+  constexpr int kLanes = 32 / (kStreams<kRows> * kRows);  // of which one has a dot product
   const EstimateResult& out = p.result;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int begin = share_begin(p.f, blockIdx.x), end = share_begin(p.f, blockIdx.x + 1);
-  // Only a hint, so it needs not wait: the records stream into the L2 while x is made int8.
-  const int64_t ahead = min(kTile, end - begin) * p.record_bytes;
-  for (int64_t at = int64_t{threadIdx.x} * 128; at < ahead; at += kThreads * 128)
-    prefetch_l2(p.records + begin * p.record_bytes + at);
   wait_for_previous_kernel();
   allow_next_kernel();
-  const int64_t up_at = 32 * p.bits_gate * p.blocks;
-  const int64_t gate_scales_at = up_at + 32 * p.bits_up * p.blocks;
-  const int64_t up_scales_at = gate_scales_at + (p.bits_gate != 0 ? 2 * p.blocks : 0);
+  const bool gated = p.bits_gate != 0;
+  // Gate and up in one pass, where they have one format and there are registers for both.
+  const bool together = kRows <= 2 && p.bits_gate == p.bits_up;
+  const int up_at = 32 * p.bits_gate * p.blocks, scales_at = up_at + 32 * p.bits_up * p.blocks;
+  const Place both[2] = {{0, scales_at}, {up_at, scales_at + (gated ? 2 * p.blocks : 0)}};
+  const Place gate_only[1] = {both[0]}, up_only[1] = {both[1]};
+  // Neurons at a time, and the one of them and the row that this lane completes.
+  const int batch = together ? kStreams<kRows> / 2 : kStreams<kRows>;
+  const int k = lane / kLanes / kRows / (together ? 2 : 1), r = lane / kLanes % kRows;
+  const bool completes = lane % kLanes == 0 && (!together || lane / kLanes / kRows % 2 == 0);
   const float epsilon = out.epsilon == nullptr ? 0.0f : *out.epsilon;
   const int row_counted = static_cast<int>(threadIdx.x) - 32;  // warp 1 counts, a row a lane
   int kept = 0, my_count = 0;
   for (int first = begin; first < end; first += kTile) {
     const int n = min(kTile, end - first);
     const int my_end = n * (warp + 1) / kWarps;
-    for (int j0 = n * warp / kWarps; j0 < my_end; j0 += kNeurons<kRows>) {
-      const int m = min(kNeurons<kRows>, my_end - j0);
-      const uint8_t* const record = p.records + (first + j0) * p.record_bytes;
-      float gate = 0.0f;
-      if (p.bits_gate != 0)
-        gate = estimate<kRows>(p, p.bits_gate, record, record + gate_scales_at, m);
-      float up = estimate<kRows>(p, p.bits_up, record + up_at, record + up_scales_at, m);
-      const int k = lane / kLanes / kRows, r = lane / kLanes % kRows, j = j0 + k;
-      if (lane % kLanes != 0 || k >= m) continue;
+    for (int j0 = n * warp / kWarps; j0 < my_end; j0 += batch) {
+      const int m = min(batch, my_end - j0), j = j0 + k;
+      const uint8_t* const records = p.records + (first + j0) * p.record_bytes;
+      float gate = 0.0f, up;
+      if (together) {
+        if constexpr (kRows <= 2) gate = estimate<2, kRows>(p, p.bits_up, records, both, m);
+        up = __shfl_xor_sync(kAllLanes, gate, kRows * kLanes);
+      } else {
+        if (gated) gate = estimate<1, kRows>(p, p.bits_gate, records, gate_only, m);
+        up = estimate<1, kRows>(p, p.bits_up, records, up_only, m);
+      }
+      if (!completes || k >= m) continue;
       bool active = false;
       if (r < p.rows) {
         const int64_t neuron = first + j;
         up += any_bias_at(p.dtype, p.up_bias, neuron);
         gate += any_bias_at(p.dtype, p.gate_bias, neuron);
-        const float a =
-            p.bits_gate != 0 ? activate(p.activation, gate) * up : activate(p.activation, up);
+        const float a = gated ? activate(p.activation, gate) * up : activate(p.activation, up);
         const float score = fabsf(a) * p.norms[neuron];
         active = !(score < epsilon);
         if (out.scores != nullptr) out.scores[r * p.f + neuron] = score;
@@ -264,10 +274,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 template <typename T>
 void launch_quantise(const char* op, const Mlp& mlp, int64_t first, int64_t rows,
                      const ShadowScratch& scratch, void* stream) {
-  const int64_t blocks = shadow_blocks(mlp.d);
-  launch(op, quantise_kernel<T>, rows * blocks, kThreads, stream,
+  const int64_t blocks = shadow_blocks(mlp.d), items = rows * blocks;
+  launch(op, quantise_kernel<T>, (items + kWarps - 1) / kWarps, kThreads, stream,
          QuantiseParams<T>{static_cast<const T*>(mlp.x) + first * mlp.d, scratch.x, scratch.step,
-                           scratch.offset, mlp.d, blocks});
+                           scratch.offset, mlp.d, blocks, items});
 }
 
 }  // namespace
@@ -288,9 +298,9 @@ void launch_estimate(const char* op, const Mlp& mlp, int64_t first, int64_t rows
                               mlp.gate_bias,
                               mlp.up_bias,
                               result,
-                              shadow_blocks(mlp.d),
                               shadow_record_bytes(mlp.d, shadow.bits_gate, shadow.bits_up),
                               mlp.f,
+                              static_cast<int>(shadow_blocks(mlp.d)),
                               shadow.bits_gate,
                               shadow.bits_up,
                               static_cast<int>(rows),

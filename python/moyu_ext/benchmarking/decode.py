@@ -243,6 +243,36 @@ def _patched(model: nn.Module, side: Side) -> Iterator[None]:
         unpatch(model)
 
 
+def mlp_errors(
+    model: nn.Module, sites: list[MlpSite], ids: Tensor, label: str
+) -> tuple[float, float]:
+    """The largest relative error of an MLP's output, in the prompt ids [1, n] and in a decode step;
+    of the projections', too, where the patch took these. Raises BenchmarkError as `verify` does."""
+
+    def worst(what: str, seen: list[Seen]) -> float:
+        assert len(seen) == len(sites)
+        return max(
+            verify(f"{label}, {what}, {s.site.name}", s.out, s.x, s.site.weights(), s.active)
+            for s in seen
+        )
+
+    with recorded(sites, governed=False) as prompt:
+        token, cache = _forward(model, ids, None)
+    token, cache = _forward(model, token, cache)
+    with recorded(sites, governed=True) as step, products(model) as linears:
+        _forward(model, token, cache)
+    error = worst("decode step", step)
+    for name, linear, x, out in linears:
+        error = max(error, verify_linear(f"{label}, {name}", out, x, linear.weight, linear.bias))
+    return worst("prompt", prompt), error
+
+
+def _forward(model: nn.Module, tokens: Tensor, cache: Any) -> tuple[Tensor, Any]:
+    """The next tokens, greedily, and the cache."""
+    out = model(input_ids=tokens, use_cache=True, logits_to_keep=1, **passing(model, cache))
+    return out.logits[:, -1].argmax(-1, keepdim=True), cache_of(out)
+
+
 @dataclass(frozen=True)
 class _Runner:
     """Runs one sequence through the model, whatever state that is in."""
@@ -269,29 +299,12 @@ class _Runner:
 
     def check(self, side: Side) -> None:
         """The same once more, to compare what every MLP gives with the reference."""
-        with recorded(self.sites, governed=False) as prompt:
-            _, token, cache = self._forward(self.ids, None)
-        _, token, cache = self._forward(token, cache)
-        with recorded(self.sites, governed=True) as step, products(self.model) as linears:
-            self._forward(token, cache)
-        side.prefill_error = self._error(f"{side.label}, prompt", prompt)
-        side.error = self._error(f"{side.label}, decode step", step)
-        for name, linear, x, out in linears:
-            error = verify_linear(f"{side.label}, {name}", out, x, linear.weight, linear.bias)
-            side.error = max(side.error, error)
+        side.prefill_error, side.error = mlp_errors(self.model, self.sites, self.ids, side.label)
 
     def _forward(self, tokens: Tensor, cache: Any) -> tuple[float, Tensor, Any]:
-        past = passing(self.model, cache)
         start = time.perf_counter_ns()
-        out = self.model(input_ids=tokens, use_cache=True, logits_to_keep=1, **past)
-        chosen = out.logits[:, -1].argmax(-1, keepdim=True)
-        return (time.perf_counter_ns() - start) / 1e3, chosen, cache_of(out)
-
-    def _error(self, what: str, seen: list[Seen]) -> float:
-        assert len(seen) == len(self.sites)
-        return max(
-            verify(f"{what}, {s.site.name}", s.out, s.x, s.site.weights(), s.active) for s in seen
-        )
+        chosen, cache = _forward(self.model, tokens, cache)
+        return (time.perf_counter_ns() - start) / 1e3, chosen, cache
 
     def bytes(self, plan: str, density: float) -> int:
         """Weights that a forward reads: all but a table of embeddings, and less of the MLPs."""

@@ -7,9 +7,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-COLUMNS, INPUTS = 128, 64  # of W^T that a program takes; the grid is split along the inputs, too
+# What a program takes of W^T, C columns of K inputs: the grid is split along the inputs, too.
+SHAPES = [(64, 64, 4), (128, 32, 4), (128, 64, 8), (128, 128, 8), (256, 16, 4), (256, 32, 8),
+          (512, 16, 8), (512, 32, 8)]  # fmt: skip
 
 
+@triton.autotune(
+    [triton.Config({"C": c, "K": k}, num_warps=warps) for c, k, warps in SHAPES],
+    key=["n_inputs", "n_columns"],
+    reset_to_zero=["sums"],
+)
 @triton.jit
 def masked_gemv_kernel(  # type: ignore[no-untyped-def]
     x, weight_t, sums, threshold, n_inputs, n_columns, C: tl.constexpr, K: tl.constexpr
@@ -56,7 +63,8 @@ def masked_mlp(
 
 def _masked_gemv(x: Tensor, weight_t: Tensor, sums: Tensor, threshold: float) -> None:
     inputs, columns = weight_t.shape
-    grid = (triton.cdiv(columns, COLUMNS), triton.cdiv(inputs, INPUTS))
-    masked_gemv_kernel[grid](
-        x, weight_t, sums, threshold, inputs, columns, C=COLUMNS, K=INPUTS, num_warps=4
-    )
+
+    def grid(shape: dict[str, int]) -> tuple[int, int]:
+        return triton.cdiv(columns, shape["C"]), triton.cdiv(inputs, shape["K"])
+
+    masked_gemv_kernel[grid](x, weight_t, sums, threshold, inputs, columns)

@@ -104,7 +104,7 @@ def active_neurons(site: MlpSite, x: Tensor, governed: bool = True) -> Tensor:
     """
     mlp = site.entry
     if not governed or not isinstance(mlp, SparseMLP):
-        return torch.ones(x.shape[0], site.f, dtype=torch.bool)
+        return torch.ones(x.shape[0], site.f, dtype=torch.bool, device=x.device)
     if not isinstance(mlp.rule, TokenRule):
         current = mlp.context.current
         assert current is not None and current.state is not None

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..errors import ConfigurationError, PatchStateError
-from ..methods.base import SequenceRule
+from ..methods.base import AdaptiveRule, SequenceRule
 from .cache import NAMES, argument, cache_of
-from .sequence_state import SHORT, SequenceState, attach, state_of
+from .sequence_state import SHORT, SequenceState, attach, in_place, state_of
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,30 @@ def find_decoder(model: nn.Module, stack: str) -> nn.Module | None:
     return None
 
 
+class Meter:
+    """Counts decode under fixed sets for the report: once per forward, since 32 layers that each
+    add to a number of their own are 32 kernels per token on a GPU.
+
+    used int64 [layers]: neurons active, over tokens; tokens int64 [1].
+    """
+
+    def __init__(self, layers: int, device: torch.device) -> None:
+        with torch.inference_mode(False):
+            self.used = in_place(torch.zeros(layers, dtype=torch.int64, device=device))
+            self.tokens = in_place(torch.zeros(1, dtype=torch.int64, device=device))
+
+    def add(self, sizes: Tensor, batch: int, length: int) -> None:
+        """A forward of `length` tokens for each of `batch` sequences; sizes [layers]: the sum of
+        the sequences' sets."""
+        self.used.add_(sizes, alpha=length)
+        self.tokens.add_(batch * length)
+
+    def reset(self) -> None:
+        """Start anew."""
+        self.used.zero_()
+        self.tokens.zero_()
+
+
 class SequenceHooks:
     """Forward hooks on the decoder for a sequence-level method."""
 
@@ -116,6 +140,7 @@ class SequenceHooks:
         self.refresh = refresh
         self.owner = uuid.uuid4().hex
         self.paused = False  # while other hooks decide (scoring)
+        self.meters: dict[torch.device, Meter] = {}
 
     @property
     def rules(self) -> list[SequenceRule]:
@@ -125,6 +150,9 @@ class SequenceHooks:
     def new_state(self, batch: int) -> SequenceState:
         """An empty state for `batch` sequences."""
         shapes = [(layer.f, layer.device) for layer in self.layers]
+        device = shapes[0][1]
+        if device not in self.meters:
+            self.meters[device] = Meter(len(shapes), device)
         return SequenceState(self.owner, self.min_prompt, batch, shapes)
 
     def before(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -148,9 +176,15 @@ class SequenceHooks:
             if not torch.compiler.is_compiling() and not state.closed:
                 state.close()
             state.closed = True
-            self.context.current = Pass(batch, length, state, decode=True)
+            self.context.current = self._decode(batch, length, state)
             return
         self.context.current = self._slow(batch, length, cache, state, args, kwargs)
+
+    def _decode(self, batch: int, length: int, state: SequenceState) -> Pass:
+        # Adaptive rules count in their layers, and what has more rows runs dense.
+        if batch * length <= ops.MAX_ROWS and not isinstance(self.layers[0].rule, AdaptiveRule):
+            self.meters[state.sizes.device].add(state.sizes, batch, length)
+        return Pass(batch, length, state, decode=True)
 
     def _due(self, state: SequenceState) -> bool:
         """Whether the next token is a refresh; never in a traced forward, which cannot count."""
@@ -191,7 +225,7 @@ class SequenceHooks:
         if (state.pending & ~learners).any():
             self.choose(state)
         if state.closed and state.ready:
-            return Pass(batch, length, state, decode=True)
+            return self._decode(batch, length, state)
         mask = self.arguments.get("attention_mask", args, kwargs)
         real = real_tokens(mask, batch, length, past)
         if learners.all():

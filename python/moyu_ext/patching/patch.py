@@ -54,17 +54,17 @@ def patch(
     """Let `method` decide which neurons the model's MLPs compute; in place, returns the model.
 
     method: QRIDA() by default, which needs no calibration and keeps no state. layers: the indices
-    of the MLPs to patch (negative ones count from the end), all by default. projections: on the
-    CPU, also run the linear layers beside the MLPs (attention's, the head) with the project's own
+    of the MLPs to patch (negative ones count from the end), all by default. projections:
+    also run the linear layers beside the MLPs (attention's, the head) with the project's own
     GEMV, up to 8 rows at a time: all of their neurons, so nothing but rounding changes. The model
     keeps its parameters and their names; W_down is laid out neuron-major, so memory peaks one
     W_down above the model's (and QRIDA adds its shadows). On the CPU the dense MLPs are timed
     first, three calls each, for `report`. For inference on the device the model is on.
 
     Raises UnsupportedModelError for a model that it does not know, ConfigurationError for a method
-    or layers that do not fit, and for projections=True off the CPU or where no linear layer can be
-    taken, ArtifactError for thresholds of another model, PatchStateError for a
-    patched model or one in training mode. After an error the model is as it was.
+    or layers that do not fit, and for projections=True where no linear layer can be taken,
+    ArtifactError for thresholds of another model, PatchStateError for a patched model or one in
+    training mode. After an error the model is as it was.
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(
@@ -151,8 +151,11 @@ def report(model: nn.Module, *, reset: bool = False) -> Report:
     """
     patched = _patch_of(model)
     rows = []
+    meters = [] if patched.hooks is None else list(patched.hooks.meters.values())
     for mlp in patched.mlps:
         active, tokens, dense = (int(t) for t in (mlp.active, mlp.tokens, mlp.dense_tokens))
+        active += sum(int(meter.used[mlp.slot]) for meter in meters)
+        tokens += sum(int(meter.tokens) for meter in meters)
         density = active / (tokens * mlp.f) if tokens else float("nan")
         site = mlp.site
         guard = getattr(mlp.rule, "guard", None)
@@ -180,6 +183,9 @@ def report(model: nn.Module, *, reset: bool = False) -> Report:
             mlp.reset_counts()
             if guard is not None:
                 guard.reset()
+    if reset:
+        for meter in meters:
+            meter.reset()
     return Report(repr(patched.method), tuple(rows), patched.projections)
 
 

@@ -1,6 +1,6 @@
 """The linear layers beside the MLPs (attention's, the head): few rows by the project's own GEMV.
 
-At one row a linear layer is a read of its weight, and torch's CPU kernels are built for many rows.
+At one row a linear layer is a read of its weight, and the matmuls of torch are built for many.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from ..errors import ConfigurationError, PatchStateError
 from .families import DTYPES, MlpSite
 from .sparse_mlp import StandIn, inference_only
 
+DEVICES = ("cpu", "cuda")
+
 
 class Projection(StandIn):
     """A torch.nn.Linear, x [..., k] -> [..., n]: up to ops.MAX_ROWS rows by `gather_gemv`.
 
-    The same product with float32 sums; more rows, or a device other than the CPU, run as before.
+    The same product with float32 sums; more rows, or a device without the operator, run as before.
     """
 
     weight: Tensor
@@ -36,8 +38,8 @@ class Projection(StandIn):
         if (
             not few
             or x.dtype != weight.dtype
-            or not weight.is_cpu
-            or torch.is_autocast_enabled("cpu")
+            or weight.device.type not in DEVICES
+            or torch.is_autocast_enabled(weight.device.type)
         ):
             return F.linear(x, weight, self.bias)
         out = ops.gather_gemv(x.contiguous(), weight, None, None, self.bias)
@@ -53,14 +55,8 @@ def find_projections(model: nn.Module, sites: list[MlpSite]) -> list[tuple[nn.Mo
 
     Left out, and so left as they are: subclasses of torch.nn.Linear, layers with a forward of
     their own or accelerate's hooks, and weights that are no contiguous floats in memory (quantised,
-    distributed, meta). Raises ConfigurationError for a model off the CPU, or where none is left.
+    distributed, meta). Raises ConfigurationError where none is left.
     """
-    device = sites[0].linear(sites[0].family.up).weight.device
-    if device.type != "cpu":
-        raise ConfigurationError(
-            f"projections=True is for models on the CPU, this one is on {device}; leave it out: "
-            "torch then computes these layers as before"
-        )
     taken = {id(site.linear(name)) for site in sites for name in site.family.linears}
     found = [
         (parent, name)
@@ -84,7 +80,7 @@ def _is_plain(module: nn.Module) -> bool:
     weight = module.weight
     return (
         type(weight) in (nn.Parameter, Tensor)
-        and weight.device == torch.device("cpu")
+        and weight.device.type in DEVICES
         and weight.dtype in DTYPES
         and weight.is_contiguous()
     )

@@ -44,6 +44,13 @@ def _plainly(function: Function) -> Function:
     return cast(Function, wrapper)
 
 
+def in_place(buffer: Tensor) -> Tensor:
+    """The buffer, marked as one that keeps its memory: a compiled decode step reads it where it is
+    and does not copy it into its CUDA graph's memory at every token."""
+    torch._dynamo.mark_static_address(buffer, guard=False)
+    return buffer
+
+
 class LayerState:
     """One layer's share. B sequences, f neurons; sums are float32.
 
@@ -53,13 +60,15 @@ class LayerState:
     """
 
     @_plainly
-    def __init__(self, batch: int, f: int, device: torch.device) -> None:
+    def __init__(self, batch: int, f: int, device: torch.device, active: Tensor) -> None:
         self.base = torch.zeros(batch, f, device=device)
         self.tail = torch.zeros(batch, 0, f, device=device)
         self.mask = torch.ones(batch, f, dtype=torch.uint8, device=device)
         self.indices = torch.arange(f, dtype=torch.int32, device=device)
         self.count = torch.full((1,), f, dtype=torch.int32, device=device)
-        self.active = torch.full((1,), batch * f, dtype=torch.int64, device=device)
+        self.active = active.fill_(batch * f)
+        for buffer in (self.mask, self.indices, self.count):
+            in_place(buffer)
 
     @_plainly
     def learn(self, rule: SequenceRule, a: Tensor, real: Tensor | None) -> None:
@@ -125,7 +134,12 @@ class SequenceState:
         self.owner = owner
         self.min_prompt = min_prompt
         self.batch = batch
-        self.layers = [LayerState(batch, f, device) for f, device in layers]
+        with torch.inference_mode(False):
+            sizes = torch.zeros(len(layers), dtype=torch.int64, device=layers[0][1])
+        self.sizes = in_place(sizes)  # every layer's `active`, for the report
+        self.layers = [
+            LayerState(batch, f, device, sizes[i : i + 1]) for i, (f, device) in enumerate(layers)
+        ]
         self._forget()
 
     def _forget(self) -> None:

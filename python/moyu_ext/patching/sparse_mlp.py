@@ -217,8 +217,7 @@ class SparseMLP(StandIn):
             mask = layer.mask
             if current.length > 1:
                 mask = mask.repeat_interleave(current.length, 0)
-        self.active.add_(layer.active, alpha=current.length)
-        return self._sparse(x, weights, layer.indices, layer.count, mask)
+        return self._sparse(x, weights, layer.indices, layer.count, mask)  # counted by a Meter
 
     def _adapted(self, x: Tensor, weights: MlpWeights, current: Pass) -> Tensor:
         """Decode under a rule that looks at the tokens and at their sequences."""
@@ -229,14 +228,13 @@ class SparseMLP(StandIn):
         shape = (current.batch, current.length, self.d)
         active = self.rule.active(x.reshape(shape), total, tokens).view(-1, self.f)
         self.active.add_(active.sum())
+        self.tokens.add_(active.shape[0])
         return self._sparse(x, weights, *compact(active))
 
     def _sparse(
         self, x: Tensor, weights: MlpWeights, indices: Tensor, count: Tensor, mask: Tensor | None
     ) -> Tensor:
-        rows = x.numel() // self.d
-        out = given(x.reshape(rows, self.d), weights, indices, count, mask)
-        self.tokens.add_(rows)
+        out = given(x.reshape(-1, self.d), weights, indices, count, mask)
         return inference_only(out.view(x.shape))
 
     def _dense(self, x: Tensor, weights: MlpWeights) -> Tensor:
