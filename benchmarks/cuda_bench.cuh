@@ -172,7 +172,7 @@ class Cublas {
 };
 
 // Copies between two buffers far larger than the L2; counts bytes read plus bytes written. Not in a
-// graph: there the driver copies by another engine, a sixth slower on an H100.
+// graph: there the same copy was a fifth slower on an H100.
 class CopyBandwidth {
  public:
   explicit CopyBandwidth(cudaStream_t stream) : from_(kBytes), to_(kBytes) {

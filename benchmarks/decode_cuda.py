@@ -1,7 +1,9 @@
 """Whole-model generation on a GPU: Hugging Face dense beside a patched model, in one run.
 
-All hold the same random weights, all run in the same mode: `static` is a static cache,
-with the decode step compiled by generate() into CUDA graphs; `dynamic` is eager. Runs alternate.
+All hold the same random weights, all run in the same mode: `static` is generate() with a static
+cache, which compiles the decode step into CUDA graphs; `loop` is the same step without generate(),
+greedy tokens fed back on the GPU, so that nothing waits for the host; `dynamic` is generate(),
+eager. Runs alternate.
 Before a row is written, the patched model's logits are compared with those of the same rule in
 plain PyTorch (moyu_ext.scoring); and where tokens choose their neurons, so that one rounding
 changes a set and with it the text, every MLP's output in an eager decode step with the reference.
@@ -20,6 +22,7 @@ import fcntl
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +40,7 @@ from moyu_ext.patching.families import find_mlps
 from moyu_ext.patching.patch import is_patched
 from moyu_ext.patching.sparse_mlp import SparseMLP
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, StaticCache
 
 import moyu_ext
 
@@ -53,7 +56,7 @@ def arguments() -> argparse.Namespace:
         "--method", default="stda", help="stda, srida, qrida, tda, tda-gate or dense"
     )
     parser.add_argument("--density", type=float, default=0.3288)
-    parser.add_argument("--mode", default="static", choices=["static", "dynamic"])
+    parser.add_argument("--mode", default="static", choices=["static", "loop", "dynamic"])
     parser.add_argument("--prompt", type=int, default=1024, help="tokens of the prompt")
     parser.add_argument("--new", type=int, default=1024, help="tokens to generate")
     parser.add_argument("--rounds", type=int, default=3)
@@ -69,10 +72,65 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def generate(model: PreTrainedModel, ids: Tensor, new: int, mode: str, **kwargs: Any) -> Any:
-    if mode == "static":
-        kwargs["cache_implementation"] = "static"
-    return model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, **kwargs)
+@dataclass
+class Generator:
+    """Greedy generation of `new` tokens behind ids [1, n], always of the same lengths."""
+
+    model: PreTrainedModel
+    ids: Tensor
+    new: int
+    mode: str
+    cache: StaticCache | None = None  # of `loop`: kept, since its graphs read it where it is
+    step: Callable[[Tensor], Tensor] | None = None
+
+    def run(self) -> None:
+        """Generate, for the time that it takes."""
+        if self.mode == "loop":
+            self._loop(lambda logits: None)
+        else:
+            self._generate()
+
+    def logits(self) -> tuple[Tensor, Tensor]:
+        """The whole text [1, n + new], and the logits of the new tokens [1, new, vocabulary]."""
+        if self.mode == "loop":
+            kept: list[Tensor] = []
+            text = self._loop(lambda logits: kept.append(logits.clone()))
+        else:
+            out = self._generate(return_dict_in_generate=True, output_logits=True)
+            text, kept = out.sequences, out.logits
+        return text, torch.stack(tuple(kept), 1)
+
+    def _generate(self, **kwargs: Any) -> Any:
+        if self.mode == "static":
+            kwargs["cache_implementation"] = "static"
+        return self.model.generate(
+            self.ids, max_new_tokens=self.new, min_new_tokens=self.new, do_sample=False, **kwargs
+        )
+
+    @torch.inference_mode(False)  # a compiled step must not meet inference tensors in one call only
+    @torch.no_grad()
+    def _loop(self, look: Callable[[Tensor], None]) -> Tensor:
+        model = self.model
+        if self.cache is None:
+            self.cache = StaticCache(model.config, max_cache_len=self.ids.shape[1] + self.new)
+            past = passing(model, self.cache)
+            self.step = torch.compile(
+                lambda token: model(input_ids=token, use_cache=True, **past).logits[:, -1],
+                mode="reduce-overhead",
+            )
+        assert self.step is not None
+        self.cache.reset()
+        logits = model(
+            input_ids=self.ids, use_cache=True, logits_to_keep=1, **passing(model, self.cache)
+        ).logits[:, -1]
+        text = [self.ids]
+        while True:
+            look(logits)
+            text.append(logits.argmax(-1, keepdim=True))
+            if len(text) > self.new:
+                return torch.cat(text, 1)
+            torch.compiler.cudagraph_mark_step_begin()
+            logits = self.step(text[-1])
 
 
 def seconds(device: torch.device, work: Callable[[], Any]) -> float:
@@ -85,21 +143,21 @@ def seconds(device: torch.device, work: Callable[[], Any]) -> float:
     return time.perf_counter() - begin
 
 
-def checked_error(model: PreTrainedModel, ids: Tensor, new: int, mode: str) -> float:
+def checked_error(generator: Generator) -> float:
     """The largest error relative to the largest element; BenchmarkError where it is too large.
 
     Of generation's logits against the rule's in plain PyTorch; for a rule of tokens, of an MLP.
-    Generates as many tokens as are timed: a static cache of another length is compiled anew.
     """
+    model, prompt = generator.model, generator.ids.shape[1]
     sites = find_mlps(model)
     if isinstance(sites[0].entry.rule, TokenRule):
         with torch.inference_mode():
-            return mlp_errors(model, sites, ids, "patched")[1]
-    out = generate(model, ids, new, mode, return_dict_in_generate=True, output_logits=True)
-    got = torch.stack(out.logits, 1).double()
-    with torch.inference_mode(), moyu_ext.scoring(model, ids.shape[1]):
-        logits = model(input_ids=out.sequences, use_cache=False).logits
-    want = logits[:, ids.shape[1] - 1 : -1].double()
+            return mlp_errors(model, sites, generator.ids, "patched")[1]
+    text, logits = generator.logits()
+    got = logits.double()
+    with torch.inference_mode(), moyu_ext.scoring(model, prompt):
+        right = model(input_ids=text, use_cache=False).logits
+    want = right[:, prompt - 1 : -1].double()
     # The first token comes from the prompt's dense pass, on both sides.
     error = float((got - want).abs().max() / want.abs().max())
     if not error <= ALLOWED[model.dtype]:
@@ -150,25 +208,28 @@ def measure(
     size, device = geometry(args.geometry), dense.device
     g = torch.Generator().manual_seed(5)
     ids = torch.randint(3, size.vocabulary, (1, args.prompt), generator=g).to(device)
-    sides = {"dense": dense, **models}
+    sides = {
+        name: Generator(model, ids, args.new, args.mode)
+        for name, model in {"dense": dense, **models}.items()
+    }
     errors = {"dense": 0.0}
     times: dict[str, list[float]] = {name: [] for name in sides}
     bandwidth = []
     for name, model in models.items():
-        errors[name] = checked_error(model, ids, args.new, args.mode)
+        errors[name] = checked_error(sides[name])
         moyu_ext.report(model, reset=True)
     for turn in range(args.rounds + 1):  # the first one compiles and captures
         if turn == 1:
             wait()
         for name, side in sides.items():
-            took = seconds(device, lambda side=side: generate(side, ids, args.new, args.mode))
+            took = seconds(device, side.run)
             if turn:
                 times[name].append(took * 1e6)
         if turn:
             bandwidth.append(copy_gbps(device))
     rows = []
     for name, side in sides.items():
-        plan, density, read = bytes_read(side, size)
+        plan, density, read = bytes_read(side.model, size)
         rows.append(
             make_row(
                 name=f"generate-{args.prompt}+{args.new}-{args.mode}",
@@ -232,7 +293,7 @@ def named_layers(model: nn.Module, method: str) -> Iterator[None]:
 def profile(args: argparse.Namespace, model: PreTrainedModel) -> None:
     size = geometry(args.geometry)
     ids = torch.randint(3, size.vocabulary, (1, args.prompt)).to(model.device)
-    generate(model, ids, 4, args.mode)  # loads, allocates, compiles
+    Generator(model, ids, 4, args.mode).run()  # loads, allocates, compiles
     with named_layers(model, args.method), torch.inference_mode():
         out = model(input_ids=ids, use_cache=True)
         token = out.logits[:, -1:].argmax(-1)
@@ -262,7 +323,7 @@ def main() -> None:
             geometry(args.geometry), dtype, layers=args.layers,
             positions=args.prompt + args.new + 8, device=args.device,
         )  # fmt: skip
-        method = method_at(args.method, args.density)(dense)
+        method = method_at(args.method, args.density, args.prompt)(dense)
         if args.profile:
             profile(args, moyu_ext.patch(dense, method, projections=args.projections))
             return
@@ -270,10 +331,10 @@ def main() -> None:
         if args.projections:
             models[args.method + PROJECTIONS] = patched_twin(dense, method, projections=True)
         rows = measure(args, dense, models, wait)
-    for row in rows:
-        print(row)
-    if args.csv:
-        write_csv(args.csv, rows)
+        for row in rows:
+            print(row)
+        if args.csv:
+            write_csv(args.csv, rows)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from moyu_ext.patching.families import find_mlps
 from torch import Tensor
 from typer.testing import CliRunner
 
-from moyu_ext import benchmarking, ops, patch, reference, unpatch
+from moyu_ext import benchmarking, ops, patch, reference, report, unpatch
 
 LLAMA = Geometry("tiny", 64, 192, 3, 4, 2, 211)
 OPT = Geometry(
@@ -286,11 +286,27 @@ def test_named_geometries_are_those_of_their_models(name: str) -> None:
     assert sum(p.numel() for p in model.parameters()) == parameters[name]
 
 
+def test_stda_reaches_the_density_with_as_many_tokens_as_the_prompt_has() -> None:
+    """A statistic over more tokens spreads less, so that its quantile is another."""
+    model = random_model(LLAMA, torch.float32, positions=400)
+    ids = torch.randint(3, LLAMA.vocabulary, (1, 300), generator=torch.Generator().manual_seed(4))
+    found = []
+    for tokens in (8, 300):
+        patch(model, method_at("stda", 0.2, tokens)(model))
+        with torch.inference_mode():
+            model.generate(ids, max_new_tokens=4, min_new_tokens=4)
+        found.append(report(model).density)
+        unpatch(model)
+    assert abs(found[1] - 0.2) < 0.03 < abs(found[0] - 0.2)
+
+
 def test_a_method_that_is_unknown_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="method is 'sirius'"):
         method_at("sirius", 0.5)
     with pytest.raises(ConfigurationError, match="density is 2"):
         method_at("srida", 2)
+    with pytest.raises(ConfigurationError, match="tokens is 0"):
+        method_at("stda", 0.5, 0)
     with pytest.raises(ConfigurationError, match="that of one MLP"):
         benchmarking.measure_decode("64,128", [])
 

@@ -19,6 +19,7 @@ from moyu_ext.errors import (
 from moyu_ext.methods import QRIDA, SRIDA, STDA, TDA, Dense, Method
 from moyu_ext.patching.cache import passing
 from moyu_ext.patching.patch import is_patched, patch, report, unpatch
+from moyu_ext.patching.sequence_state import ATTRIBUTE
 from moyu_ext.patching.sparse_mlp import SparseMLP
 from snapshot import snapshot
 from torch import Tensor, nn
@@ -249,6 +250,35 @@ def test_a_whole_decode_step_compiles(method: Method, tiny: Make, prompt: Prompt
                 want = model(token.view(1, 1), **passing(model, plain)).logits
                 torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_compiled_step_counts_once_and_copies_no_set(tiny: Make, prompt: Prompt) -> None:
+    """On a GPU a counter is a kernel per token, and an input of a graph that may move a copy."""
+
+    def counters(model: nn.Module) -> int:
+        graphs: list[torch.fx.GraphModule] = []
+
+        def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> torch.fx.GraphModule:
+            graphs.append(graph)
+            return graph
+
+        torch._dynamo.reset()
+        step = torch.compile(model, fullgraph=True, backend=backend)
+        with torch.no_grad():
+            model(prompt(12), **passing(model, cache))
+            step(prompt(1), **passing(model, cache))
+        return sum(str(node.target) == "add_" for graph in graphs for node in graph.graph.nodes)
+
+    model = tiny()
+    cache = StaticCache(model.config, max_cache_len=32)
+    before = counters(model)
+    patch(model, SRIDA(0.5))
+    cache = StaticCache(model.config, max_cache_len=32)
+    assert counters(model) == before + 2
+    assert report(model).layers[2].tokens == 1
+    state = next(iter(vars(cache)[ATTRIBUTE].layers))
+    kind = torch._dynamo.utils.get_static_address_type
+    assert {kind(t) for t in (state.indices, state.count, state.mask)} == {"unguarded"}
 
 
 @pytest.mark.slow

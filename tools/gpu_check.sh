@@ -6,8 +6,8 @@
 #   tools/gpu_check.sh [build test sanitize bench decode]     default: all steps
 #   MOYU_QUICK=1 tools/gpu_check.sh bench                      few replays, to try the script
 #
-# On an H100 with 16 cores two calls of ten minutes are meant to do: "build test sanitize bench",
-# then "decode", which builds first where the first call's build is gone.
+# On an H100 with 16 cores "build test sanitize bench" takes about five minutes, "decode" about seven;
+# it builds first where the first call's build is gone.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 python=${PYTHON:-python3}
@@ -130,10 +130,10 @@ moyu() {  # torch's dense MLPs, every plan and the Triton peer
   TAIL=24 run "$name" "$python" -m moyu_ext bench mlp --device cuda --repeats "$replays" \
     --csv "$results/cuda_moyu.csv" "$@"
 }
-decode() {
+decode() {  # beside others: all prepare at once, and take turns to be measured
   local name=$1
   shift
-  TAIL=3 LIMIT=590 run "$name" "$python" benchmarks/decode_cuda.py \
+  LIMIT=290 start "$name" "$python" benchmarks/decode_cuda.py --lock "$work/decode.lock" \
     --csv "$results/cuda_decode.csv" "$@"
 }
 
@@ -156,8 +156,9 @@ for step in "${steps[@]}"; do
     sanitize)
       sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
       if [ -n "$sanitizer" ]; then
-        export MOYU_TEST_EXACT=1 MOYU_TEST_BRIEF=1
-        for tool in memcheck racecheck synccheck; do
+        export MOYU_TEST_EXACT=1
+        for tool in memcheck synccheck racecheck; do
+          [ "$tool" = racecheck ] && export MOYU_TEST_BRIEF=1  # one type: it is slow
           LIMIT=280 start "$tool" "$sanitizer" --tool "$tool" --error-exitcode 9 \
             "$work/test_cuda_kernels"
         done
@@ -181,8 +182,13 @@ for step in "${steps[@]}"; do
       done
       ;;
     decode)
-      decode decode_stda --method stda --density 0.3288 --prompt 1024 --new 1024
-      decode decode_srida --method srida --density 0.4383 --prompt 1024 --new 128
+      for mode in static loop; do
+        decode "stda_$mode" --mode "$mode" --method stda --density 0.3288 --prompt 1024 \
+          --new 1024 --rounds 2 --projections
+        decode "srida_$mode" --mode "$mode" --method srida --density 0.4383 --prompt 1024 \
+          --new 128 --projections
+        join
+      done
       ;;
     *)
       echo "gpu_check: unknown step $step" >&2

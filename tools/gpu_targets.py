@@ -54,8 +54,15 @@ def figures(folder: Path) -> list[tuple[str, float | None, float, Callable[[floa
         for plan in ("shadow-2", "shadow-eps-2")
     ]
     compact = last(kernels, name="threshold_compact", geometry="11008")
-    stda = last(decode, method="stda", name="generate-1024+1024-static", dtype="float16")
-    srida = last(decode, method="srida", name="generate-1024+128-static", dtype="float16")
+    generate = [
+        (f"{lengths} {mode}, {method}",
+         last(decode, method=method, name=f"generate-{lengths}-{mode}", dtype="float16"), target)
+        for mode in ("static", "loop")
+        for lengths, method, target in (
+            ("1024+1024", "stda", 1.6), ("1024+1024", "stda+projections", 1.6),
+            ("1024+128", "srida", 1.45), ("1024+128", "srida+projections", 1.45),
+        )
+    ]  # fmt: skip
 
     def at_least(value: float, target: float) -> bool:
         return value >= target
@@ -72,10 +79,10 @@ def figures(folder: Path) -> list[tuple[str, float | None, float, Callable[[floa
         ("over the Triton masked GEMV", over(number(peer, "median_us"), number(ours, "median_us")),
          1.3, at_least),
         ("threshold_compact, f = 11008, us", number(compact, "median_us"), 5.0, at_most),
-        ("LLaMA-2-7B 1024+1024 static, STDA", number(stda, speedup), 1.6, at_least),
-        ("LLaMA-2-7B 1024+128 static, SRIDA", number(srida, speedup), 1.45, at_least),
         ("qRIDA 2 bits, density 0.33, top k", number(shadow[0], speedup), 2.0, at_least),
         ("qRIDA 2 bits, density 0.33, threshold", number(shadow[1], speedup), 2.0, at_least),
+        *((f"LLaMA-2-7B {what}", number(row, speedup), target, at_least)
+          for what, row, target in generate),
     ]  # fmt: skip
 
 

@@ -12,30 +12,30 @@ from torch import Tensor, nn
 from .. import reference
 from ..errors import ConfigurationError
 from ..methods import METHODS, STDA, TDA, Dense
-from ..methods.base import Method, check_density
+from ..methods.base import Method, check_count, check_density
 from ..patching.families import find_mlps, record_inputs
 
 MakeMethod = Callable[[nn.Module], Method]
 """Makes a method for an unpatched model."""
 
-_TOKENS = 32
 
-
-def method_at(name: str, density: float) -> MakeMethod:
+def method_at(name: str, density: float, tokens: int = 32) -> MakeMethod:
     """The method of this name such that about `density` of the neurons are active.
 
     Names: those of `METHODS`, and "tda-gate" for TDA with the gate score. Threshold methods get
-    each layer's quantile on a few random tokens. Raises ConfigurationError for an unknown name or a
-    density outside (0, 1].
+    each layer's quantile on `tokens` random tokens; for STDA as many as the prompt will have, since
+    a statistic over more tokens spreads less. Raises ConfigurationError for an unknown name, a
+    density outside (0, 1] or no tokens.
     """
     check_density(density)
+    check_count("tokens", tokens)
     if name == "dense":
         return lambda model: Dense()
     if name in ("tda", "tda-gate"):
         score = "gate" if name == "tda-gate" else "product"
-        return lambda model: TDA(_quantiles(model, density, score), score=score)
+        return lambda model: TDA(_quantiles(model, density, score, tokens), score=score)
     if name == "stda":
-        return lambda model: STDA(_quantiles(model, density, "rms"))
+        return lambda model: STDA(_quantiles(model, density, "rms", tokens))
     known = ["dense", "tda", "tda-gate", "stda", *(n for n, m in METHODS.items() if _ranks(m))]
     if name in known:
         make = partial(METHODS[name], **{"density": density})
@@ -50,7 +50,7 @@ def _ranks(kind: type[Method]) -> bool:
     return not required and any(field.name == "density" for field in fields)
 
 
-def _quantiles(model: nn.Module, density: float, score: str) -> list[float]:
+def _quantiles(model: nn.Module, density: float, score: str, tokens: int) -> list[float]:
     """Per layer, the threshold that `density` of the scores reach on random tokens."""
     sites = find_mlps(model)
     found = [0.0] * len(sites)
@@ -71,7 +71,7 @@ def _quantiles(model: nn.Module, density: float, score: str) -> list[float]:
 
     table: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
     positions: int = model.config.max_position_embeddings  # type: ignore[union-attr, assignment]
-    length = min(_TOKENS, positions)
+    length = min(tokens, positions)
     ids = torch.randint(3, table.shape[0], (1, length), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode(), record_inputs(model, sites, look):
         model(input_ids=ids.to(table.device), use_cache=False)

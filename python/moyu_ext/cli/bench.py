@@ -173,7 +173,7 @@ def decode(
 
     _check_files(csv, json)
     methods = [
-        method_at(name, value)
+        method_at(name, value, prompt_tokens)
         for name in method
         for value in ([1.0] if name == "dense" else density)
     ]

@@ -83,7 +83,7 @@ def generate(
     projections: Annotated[
         bool,
         typer.Option(
-            "--projections", help="Also attention's and the head's linear layers by our GEMV (CPU)."
+            "--projections", help="Also attention's and the head's linear layers by our GEMV."
         ),
     ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 128,

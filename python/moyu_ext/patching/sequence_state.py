@@ -25,7 +25,8 @@ from ..methods.base import SequenceRule
 
 SHORT = 8  # new tokens per sequence that still are decode: verification of drafts, short turns
 TAIL = 32  # last tokens whose statistics are kept apart, so that a crop can take them back
-_BLOCK = 1 << 19  # floats of one block of per-token statistics, about an L2 cache
+# Floats of one block of per-token statistics: on a CPU about an L2 cache; a GPU wants few launches.
+_BLOCK, _BLOCK_GPU = 1 << 19, 1 << 25
 ATTRIBUTE = "_moyu_state"
 
 
@@ -74,7 +75,7 @@ class LayerState:
     def learn(self, rule: SequenceRule, a: Tensor, real: Tensor | None) -> None:
         """Add activations a [B, n, f] of the tokens that are `real` (bool [B, n]; None: all)."""
         batch, n, f = a.shape
-        step = max(1, _BLOCK // (batch * f))
+        step = max(1, (_BLOCK if a.is_cpu else _BLOCK_GPU) // (batch * f))
         # Block by block: a float32 copy of all activations would cost more than the statistic.
         for start in range(0, max(0, n - TAIL), step):
             stop = min(start + step, n - TAIL)
