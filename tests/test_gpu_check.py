@@ -51,7 +51,28 @@ def test_targets_are_met_missed_or_not_measured(tmp_path: Path) -> None:
             {**moyu, "plan": "shadow-eps-2", "density": 0.3301, "speedup_vs_dense": 2.1},
         ],
     )
-    words = [" ".join(line.split()[-4:]) for line in targets(tmp_path)]
+    decode = {"geometry": "llama-2-7b", "name": "generate-1024+1024-loop"}
+    write(
+        tmp_path,
+        "cuda_decode.csv",
+        [
+            {**decode, "method": "stda", "speedup_vs_dense": 1.5},
+            {**decode, "method": "stda+projections", "speedup_vs_dense": 1.7},
+            {
+                **decode,
+                "method": "srida",
+                "name": "generate-1024+128-static",
+                "speedup_vs_dense": 1.5,
+            },
+        ],
+    )
+    lines = targets(tmp_path)
+    assert [line for line in lines if line.startswith("LLaMA") and "not measured" not in line] == [
+        "LLaMA-2-7B 1024+128 static, srida                       1.500  target 1.45  met",
+        "LLaMA-2-7B 1024+1024 loop, stda                         1.500  target 1.6  MISSED",
+        "LLaMA-2-7B 1024+1024 loop, stda+projections             1.700  target 1.6  met",
+    ]
+    words = [" ".join(line.split()[-4:]) for line in lines]
     assert words[:5] == [
         "2.600 target 2.5 met", "1.500 target 1.6 MISSED", "0.500 target 0.8 MISSED",
         "1.500 target 1.3 met", "4.000 target 5.0 met",

@@ -146,3 +146,8 @@ def test_refusals(tiny: Make, prompt: Prompt) -> None:
     model.lm_head.forward = None
     with pytest.raises(ConfigurationError, match=r"no plain torch.nn.Linear beside its MLPs"):
         find_projections(model, sites)
+    model.lm_head.__dict__.pop("forward")
+    assert [name for _, name in find_projections(model, sites)] == ["lm_head"]
+    model.lm_head.to("meta")  # a device without the operator
+    with pytest.raises(ConfigurationError, match=r"no plain torch.nn.Linear beside its MLPs"):
+        find_projections(model, sites)

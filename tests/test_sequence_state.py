@@ -109,7 +109,7 @@ def test_buffers_are_updated_in_place() -> None:
         assert before.data_ptr() == now.data_ptr()
     union = sorted(set(sets(state)[0]) | set(sets(state)[1]))
     assert layer.indices[: int(layer.count)].tolist() == union
-    assert int(layer.active) == F
+    assert int(state.sizes[0]) == F
 
 
 @pytest.mark.parametrize("removed", [0, 1, 5, TAIL - 1, TAIL])
@@ -198,7 +198,7 @@ def test_rows_follow_reorder_select_repeat() -> None:
     state.repeat(2)
     assert state.batch == 6
     assert sets(state) == [tops[i] for i in (2, 2, 2, 2, 0, 0)]
-    assert int(state.layers[1].active) == 6 * F // 2
+    assert state.sizes.tolist() == [6 * F // 2] * len(state.layers)
     state.select(torch.tensor([4, 0]))
     assert sets(state) == [tops[0], tops[2]]
     state.select(torch.tensor([False, True]))
@@ -248,6 +248,33 @@ def test_a_copied_cache_goes_on_alone(
         governed, learned = oracle.roles(oracle.srida(0.5), 17, 12)
         want = oracle.logits(dense, text, oracle.srida(0.5), governed, learned)
         torch.testing.assert_close(torch.cat(steps), want[12:], rtol=2e-4, atol=2e-4)
+
+
+@torch.no_grad()
+def test_a_loaded_cache_is_counted_by_its_own_rows(tiny: Make, prompt: Prompt) -> None:
+    model = patch(tiny(), SRIDA(0.5))
+    cache = DynamicCache()
+    model(prompt(12), **passing(model, cache))
+    cache.batch_repeat_interleave(3)
+    cache = pickle.loads(pickle.dumps(cache))
+    cache.batch_select_indices(torch.tensor([1]))
+    report(model, reset=True)
+    model(prompt(1), **passing(model, cache))
+    assert report(model).layers[0].tokens == 1 and report(model).density == 0.5
+
+
+@torch.no_grad()
+def test_a_compiled_prompt(tiny: Make, prompt: Prompt) -> None:
+    """Compiled from the prompt on, as by `model.forward = torch.compile(model.forward)`."""
+    model, plain = patch(tiny(), SRIDA(0.5)), patch(tiny(), SRIDA(0.5))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    caches = DynamicCache(), DynamicCache()
+    for ids in (prompt(12), prompt(1), prompt(1, seed=2)):
+        got = compiled(ids, **passing(model, caches[0])).logits
+        want = plain(ids, **passing(plain, caches[1])).logits
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert report(model).layers[0].tokens == report(plain).layers[0].tokens == 2
 
 
 @torch.no_grad()
@@ -320,7 +347,13 @@ def test_a_failed_forward_leaves_no_half_state(tiny: Make, prompt: Prompt) -> No
     assert model.model.layers[0].mlp.context.current is None
     state = cache._moyu_state
     assert not any(layer.total().any() for layer in state.layers)
-    model(prompt(12), **passing(model, DynamicCache()))
+    cache = DynamicCache()
+    model(prompt(12), **passing(model, cache))
+    handle = model.model.layers[1].mlp.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        model(prompt(1), **passing(model, cache))
+    handle.remove()
+    assert report(model).layers[0].tokens == 0, "a decode step that failed is not counted"
 
 
 def test_inference_mode_may_begin_and_end_anywhere(tiny: Make, prompt: Prompt) -> None:

@@ -6,8 +6,8 @@
 #   tools/gpu_check.sh [build test sanitize bench decode]     default: all steps
 #   MOYU_QUICK=1 tools/gpu_check.sh bench                      few replays, to try the script
 #
-# On an H100 with 16 cores "build test sanitize bench" takes about five minutes, "decode" about seven;
-# it builds first where the first call's build is gone.
+# On an H100 with 16 cores the parts of "build test sanitize bench" took five minutes, the first half of
+# "decode" three; it builds first where the first call's build is gone.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 python=${PYTHON:-python3}
@@ -149,7 +149,7 @@ for step in "${steps[@]}"; do
       export OMP_NUM_THREADS=2
       start test_cuda_kernels "$work/test_cuda_kernels"
       start pytest "$python" -m pytest -q -p no:cacheprovider "${parallel[@]}" -m "" \
-        tests/test_cuda.py tests/test_cuda_shadow.py tests/test_ops.py
+        tests/test_cuda.py tests/test_cuda_shadow.py tests/test_ops.py tests/test_benchmarking_cuda.py
       join
       unset OMP_NUM_THREADS
       ;;

@@ -125,8 +125,8 @@ __device__ __forceinline__ int codes_dot(const Codes<kBits>& c, const uint4 (&x)
   if constexpr (kBits == 4) return fields_dot<4, 2>(c.low, x) + fields_dot<4, 2>(c.top, x + 2);
 }
 
-// Records that a warp reads at a time, as registers allow: a load of 16 bytes or two in flight for
-// each. One record is gate's or up's codes of one neuron.
+// Streams of codes that a warp reads at a time, as registers allow: gate's or up's of one neuron, a
+// load of 16 bytes or two in flight for each.
 template <int kRows>
 inline constexpr int kStreams = kRows <= 2 ? 4 : 2;
 

@@ -140,7 +140,8 @@ class SequenceHooks:
         self.refresh = refresh
         self.owner = uuid.uuid4().hex
         self.paused = False  # while other hooks decide (scoring)
-        self.meters: dict[torch.device, Meter] = {}
+        device = layers[0].device
+        self.meters = {device: Meter(len(layers), device)}  # a model may move
 
     @property
     def rules(self) -> list[SequenceRule]:
@@ -150,9 +151,6 @@ class SequenceHooks:
     def new_state(self, batch: int) -> SequenceState:
         """An empty state for `batch` sequences."""
         shapes = [(layer.f, layer.device) for layer in self.layers]
-        device = shapes[0][1]
-        if device not in self.meters:
-            self.meters[device] = Meter(len(shapes), device)
         return SequenceState(self.owner, self.min_prompt, batch, shapes)
 
     def before(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -176,15 +174,9 @@ class SequenceHooks:
             if not torch.compiler.is_compiling() and not state.closed:
                 state.close()
             state.closed = True
-            self.context.current = self._decode(batch, length, state)
+            self.context.current = Pass(batch, length, state, decode=True)
             return
         self.context.current = self._slow(batch, length, cache, state, args, kwargs)
-
-    def _decode(self, batch: int, length: int, state: SequenceState) -> Pass:
-        # Adaptive rules count in their layers, and what has more rows runs dense.
-        if batch * length <= ops.MAX_ROWS and not isinstance(self.layers[0].rule, AdaptiveRule):
-            self.meters[state.sizes.device].add(state.sizes, batch, length)
-        return Pass(batch, length, state, decode=True)
 
     def _due(self, state: SequenceState) -> bool:
         """Whether the next token is a refresh; never in a traced forward, which cannot count."""
@@ -225,7 +217,7 @@ class SequenceHooks:
         if (state.pending & ~learners).any():
             self.choose(state)
         if state.closed and state.ready:
-            return self._decode(batch, length, state)
+            return Pass(batch, length, state, decode=True)
         mask = self.arguments.get("attention_mask", args, kwargs)
         real = real_tokens(mask, batch, length, past)
         if learners.all():
@@ -246,10 +238,14 @@ class SequenceHooks:
         if self.paused:
             return
         current, self.context.current = self.context.current, None
-        if current is None or current.decode or current.state is None:
+        if current is None or current.state is None:
             return
         state = current.state
-        if output is None:  # the forward raised: some layers have learned, some have not
+        if current.decode:
+            if output is not None:  # else the forward raised
+                self._count(current)
+            return
+        if output is None:  # some layers have learned, some have not
             state.reset()
             return
         cache = self.arguments.cache(args, kwargs)
@@ -268,6 +264,17 @@ class SequenceHooks:
         # Chosen now rather than by the first decode step, which then has nothing left to decide
         # and can be captured in a graph.
         self.choose(state)
+
+    def _count(self, current: Pass) -> None:
+        # Adaptive rules count in their layers, and what has more rows runs dense.
+        rows = current.batch * current.length
+        if rows > ops.MAX_ROWS or isinstance(self.layers[0].rule, AdaptiveRule):
+            return
+        assert current.state is not None
+        sizes = current.state.sizes
+        if sizes.device not in self.meters:
+            self.meters.setdefault(sizes.device, Meter(len(self.layers), sizes.device))
+        self.meters[sizes.device].add(sizes, current.batch, current.length)
 
     def choose(self, state: SequenceState) -> None:
         """Choose the sets whose statistic changed, and count that in the report."""

@@ -54,9 +54,9 @@ def patch(
     """Let `method` decide which neurons the model's MLPs compute; in place, returns the model.
 
     method: QRIDA() by default, which needs no calibration and keeps no state. layers: the indices
-    of the MLPs to patch (negative ones count from the end), all by default. projections:
-    also run the linear layers beside the MLPs (attention's, the head) with the project's own
-    GEMV, up to 8 rows at a time: all of their neurons, so nothing but rounding changes. The model
+    of the MLPs to patch (negative ones count from the end), all by default. projections: also run
+    the linear layers beside the MLPs (attention's, the head) with the project's own GEMV, up to 8
+    rows at a time (4 on a GPU): all of their neurons, so nothing but rounding changes. The model
     keeps its parameters and their names; W_down is laid out neuron-major, so memory peaks one
     W_down above the model's (and QRIDA adds its shadows). On the CPU the dense MLPs are timed
     first, three calls each, for `report`. For inference on the device the model is on.

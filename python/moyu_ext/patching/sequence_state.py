@@ -48,7 +48,8 @@ def _plainly(function: Function) -> Function:
 def in_place(buffer: Tensor) -> Tensor:
     """The buffer, marked as one that keeps its memory: a compiled decode step reads it where it is
     and does not copy it into its CUDA graph's memory at every token."""
-    torch._dynamo.mark_static_address(buffer, guard=False)
+    if not torch.compiler.is_compiling():
+        torch._dynamo.mark_static_address(buffer, guard=False)
     return buffer
 
 
@@ -56,18 +57,17 @@ class LayerState:
     """One layer's share. B sequences, f neurons; sums are float32.
 
     base [B, f] + tail [B, T <= TAIL, f] is the running sum; mask uint8 [B, f] the sets; indices
-    int32 [f] and count int32 [1] their union; active int64 [1] their sizes' sum. The buffers mask,
-    indices, count and active are updated in place, so that a captured graph stays valid.
+    int32 [f] and count int32 [1] their union. The buffers mask, indices and count are updated in
+    place, so that a captured graph stays valid.
     """
 
     @_plainly
-    def __init__(self, batch: int, f: int, device: torch.device, active: Tensor) -> None:
+    def __init__(self, batch: int, f: int, device: torch.device) -> None:
         self.base = torch.zeros(batch, f, device=device)
         self.tail = torch.zeros(batch, 0, f, device=device)
         self.mask = torch.ones(batch, f, dtype=torch.uint8, device=device)
         self.indices = torch.arange(f, dtype=torch.int32, device=device)
         self.count = torch.full((1,), f, dtype=torch.int32, device=device)
-        self.active = active.fill_(batch * f)
         for buffer in (self.mask, self.indices, self.count):
             in_place(buffer)
 
@@ -117,7 +117,6 @@ class LayerState:
         indices, count = ops.threshold_compact(union, union.new_full((1,), 0.5))
         self.indices.copy_(indices.view(-1))
         self.count.copy_(count.view(-1))
-        self.active.copy_(self.mask.sum(dtype=torch.int64))
 
 
 class SequenceState:
@@ -135,12 +134,10 @@ class SequenceState:
         self.owner = owner
         self.min_prompt = min_prompt
         self.batch = batch
+        self.layers = [LayerState(batch, f, device) for f, device in layers]
         with torch.inference_mode(False):
             sizes = torch.zeros(len(layers), dtype=torch.int64, device=layers[0][1])
-        self.sizes = in_place(sizes)  # every layer's `active`, for the report
-        self.layers = [
-            LayerState(batch, f, device, sizes[i : i + 1]) for i, (f, device) in enumerate(layers)
-        ]
+        self.sizes = in_place(sizes)  # per layer, the sum of the sets' sizes; in place, too
         self._forget()
 
     def _forget(self) -> None:
@@ -244,6 +241,7 @@ class SequenceState:
             keep = ~self.pending.to(device).unsqueeze(1)
             layer.mask.copy_(torch.where(keep, layer.mask, chosen.to(torch.uint8)))
             layer.unite()
+        self._measure()
         fresh = self.pending & enough & ~self.counted
         self.counted |= fresh
         self.pending = torch.zeros_like(self.pending)
@@ -282,10 +280,7 @@ class SequenceState:
     @_plainly
     def reorder(self, rows: Tensor) -> None:
         """Sequence i continues what sequence rows[i] was."""
-        self._take(rows)
-        for layer in self.layers:
-            # The old union still covers every set; only `select` makes it smaller.
-            layer.active.copy_(layer.mask.sum(dtype=torch.int64))
+        self._take(rows)  # the old union still covers every set; only `select` makes it smaller
 
     @_plainly
     def select(self, rows: Tensor) -> None:
@@ -298,8 +293,10 @@ class SequenceState:
     def repeat(self, times: int) -> None:
         """Each sequence becomes `times` neighbouring ones."""
         self._take(torch.arange(self.batch).repeat_interleave(times))
-        for layer in self.layers:
-            layer.active.copy_(layer.mask.sum(dtype=torch.int64))
+
+    def _measure(self) -> None:
+        for size, layer in zip(self.sizes, self.layers, strict=True):
+            size.copy_(layer.mask.sum(dtype=torch.int64))
 
     def _take(self, rows: Tensor) -> None:
         for layer in self.layers:
@@ -307,7 +304,9 @@ class SequenceState:
             layer.base = layer.base[index]
             layer.tail = layer.tail[index]
             mask = layer.mask[index]
-            layer.mask = layer.mask.copy_(mask) if mask.shape == layer.mask.shape else mask
+            same = mask.shape == layer.mask.shape
+            layer.mask = layer.mask.copy_(mask) if same else in_place(mask)
+        self._measure()
         rows = rows.cpu()
         for name in ("tokens", "open", "pending", "counted", "begin", "end", "real"):
             setattr(self, name, getattr(self, name)[rows])
