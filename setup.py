@@ -37,7 +37,10 @@ if tuple(int(n) for n in torch.__version__.split("+")[0].split(".")[:2]) < (2, 1
     raise SystemExit(f"moyu_ext needs torch 2.11 or newer, found {torch.__version__}.")
 
 CPU_SOURCES = [
-    *(f"csrc/cpu/isa_{isa}.cpp" for isa in ("scalar", "avx2", "avx512", "avx512_bf16", "neon")),
+    *(
+        f"csrc/cpu/isa_{isa}.cpp"
+        for isa in ("scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "neon")
+    ),
     "csrc/cpu/dispatch.cpp",
     "csrc/cpu/huge_pages.cpp",
     "moyu_ext/schemas.cpp",

@@ -16,7 +16,7 @@ namespace {
 // Best first.
 const Kernels* const kAll[] = {
 #if defined(__x86_64__)
-    &avx512_bf16_kernels, &avx512_kernels, &avx2_kernels,
+    &avx512_bf16_kernels, &avx512_vnni_kernels, &avx512_kernels, &avx2_kernels,
 #elif defined(__aarch64__)
     &neon_kernels,
 #endif

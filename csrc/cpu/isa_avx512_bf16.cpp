@@ -4,18 +4,19 @@
 namespace moyu::cpu {
 static bool runs_here() {
   return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
-         __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+         __builtin_cpu_supports("gfni") && __builtin_cpu_supports("avx512f") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("fma");
 }
 }  // namespace moyu::cpu
 
 #ifdef __clang__
-#pragma clang attribute push(                                                               \
-    __attribute__((                                                                         \
-        target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,fma,avx2,f16c"))), \
+#pragma clang attribute push(                                                                    \
+    __attribute__((                                                                              \
+        target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,gfni,fma,avx2,f16c"))), \
     apply_to = function)
 #else
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,fma,avx2,f16c")
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,gfni,fma,avx2,f16c")
 #endif
 #define MOYU_ISA avx512_bf16
 #define MOYU_SIMD_AVX512 1

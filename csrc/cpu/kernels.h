@@ -18,7 +18,7 @@ struct Kernels {
 };
 
 // Each is defined in isa_<name>.cpp where the compiler targets that architecture.
-extern const Kernels scalar_kernels, avx2_kernels, avx512_kernels, avx512_bf16_kernels,
-    neon_kernels;
+extern const Kernels scalar_kernels, avx2_kernels, avx512_kernels, avx512_vnni_kernels,
+    avx512_bf16_kernels, neon_kernels;
 
 }  // namespace moyu::cpu

@@ -6,20 +6,40 @@ using Bytes = __m512i;  // 64 unsigned bytes
 using IntVec = __m512i;
 MOYU_INLINE IntVec int_zero() { return _mm512_setzero_si512(); }
 MOYU_INLINE Vec to_vec(IntVec v) { return _mm512_cvtepi32_ps(v); }
-// (byte >> kShift) & mask for each byte of 64.
-template <int kShift>
-MOYU_INLINE Bytes field(const uint8_t* p, uint8_t mask) {
+#if defined(MOYU_SIMD_VNNI)
+// The matrix with which GFNI moves a byte's bits kFrom, kFrom + 1, ... to kTo, kTo + 1, ...: its row
+// for bit i is byte 7 - i.
+template <int kFrom, int kWidth, int kTo>
+constexpr long long moved_bits() {
+  uint64_t rows = 0;
+  for (int i = 0; i < kWidth; ++i) rows |= uint64_t{1} << (kFrom + i) << 8 * (7 - kTo - i);
+  return static_cast<long long>(rows);
+}
+#endif
+// Bits kShift .. kShift + kWidth - 1 of each byte of 64.
+template <int kShift, int kWidth>
+MOYU_INLINE Bytes field(const uint8_t* p) {
   const __m512i v = _mm512_loadu_si512(p);
-  return _mm512_and_si512(_mm512_srli_epi16(v, kShift), _mm512_set1_epi8(char(mask)));
+#if defined(MOYU_SIMD_VNNI)
+  return _mm512_gf2p8affine_epi64_epi8(v, _mm512_set1_epi64(moved_bits<kShift, kWidth, 0>()), 0);
+#else
+  return _mm512_and_si512(_mm512_srli_epi16(v, kShift), _mm512_set1_epi8((1 << kWidth) - 1));
+#endif
 }
 // Bit kBit of 32 bytes, then bit kBit + 4 of the same bytes, each moved to bit kTo.
 template <int kBit, int kTo>
 MOYU_INLINE Bytes bit_plane(const uint8_t* p) {
   const __m512i v = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#if defined(MOYU_SIMD_VNNI)
+  constexpr long long kLow = moved_bits<kBit, 1, kTo>(), kHigh = moved_bits<kBit + 4, 1, kTo>();
+  return _mm512_gf2p8affine_epi64_epi8(
+      v, _mm512_setr_epi64(kLow, kLow, kLow, kLow, kHigh, kHigh, kHigh, kHigh), 0);
+#else
   const __m512i shift =
       _mm512_setr_epi64(kBit, kBit, kBit, kBit, kBit + 4, kBit + 4, kBit + 4, kBit + 4);
   const __m512i bit = _mm512_and_si512(_mm512_srlv_epi64(v, shift), _mm512_set1_epi8(1));
   return _mm512_slli_epi16(bit, kTo);
+#endif
 }
 MOYU_INLINE Bytes both(Bytes a, Bytes b) { return _mm512_or_si512(a, b); }
 MOYU_INLINE IntVec dot64(IntVec acc, Bytes codes, const int8_t* x) {
@@ -44,9 +64,9 @@ MOYU_INLINE Vec to_vec(IntVec v) { return _mm256_cvtepi32_ps(v); }
 MOYU_INLINE __m256i load_bytes(const uint8_t* p) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
 }
-template <int kShift>
-MOYU_INLINE Bytes field(const uint8_t* p, uint8_t mask) {
-  const __m256i m = _mm256_set1_epi8(char(mask));
+template <int kShift, int kWidth>
+MOYU_INLINE Bytes field(const uint8_t* p) {
+  const __m256i m = _mm256_set1_epi8((1 << kWidth) - 1);
   return {_mm256_and_si256(_mm256_srli_epi16(load_bytes(p), kShift), m),
           _mm256_and_si256(_mm256_srli_epi16(load_bytes(p + 32), kShift), m)};
 }
@@ -81,10 +101,10 @@ MOYU_INLINE Vec to_vec(IntVec v) {
   for (int i = 0; i < kLanes; ++i) f[i] = static_cast<float>(v.at[i]);
   return load(f);
 }
-template <int kShift>
-MOYU_INLINE Bytes field(const uint8_t* p, uint8_t mask) {
+template <int kShift, int kWidth>
+MOYU_INLINE Bytes field(const uint8_t* p) {
   Bytes out;
-  for (int i = 0; i < 64; ++i) out.at[i] = (p[i] >> kShift) & mask;
+  for (int i = 0; i < 64; ++i) out.at[i] = (p[i] >> kShift) & ((1 << kWidth) - 1);
   return out;
 }
 template <int kBit, int kTo>
@@ -111,20 +131,20 @@ MOYU_INLINE IntVec dot64(IntVec acc, Bytes codes, const int8_t* x) {
 template <int kBits>
 MOYU_INLINE void block_codes(const uint8_t* p, Bytes* c) {
   if constexpr (kBits == 4) {
-    c[0] = field<0>(p, 15);
-    c[1] = field<4>(p, 15);
-    c[2] = field<0>(p + 64, 15);
-    c[3] = field<4>(p + 64, 15);
+    c[0] = field<0, 4>(p);
+    c[1] = field<4, 4>(p);
+    c[2] = field<0, 4>(p + 64);
+    c[3] = field<4, 4>(p + 64);
   } else if constexpr (kBits == 1) {
     c[0] = bit_plane<0, 0>(p);
     c[1] = bit_plane<1, 0>(p);
     c[2] = bit_plane<2, 0>(p);
     c[3] = bit_plane<3, 0>(p);
   } else {
-    c[0] = field<0>(p, 3);
-    c[1] = field<2>(p, 3);
-    c[2] = field<4>(p, 3);
-    c[3] = field<6>(p, 3);
+    c[0] = field<0, 2>(p);
+    c[1] = field<2, 2>(p);
+    c[2] = field<4, 2>(p);
+    c[3] = field<6, 2>(p);
     if constexpr (kBits == 3) {
       c[0] = both(c[0], bit_plane<0, 2>(p + 64));
       c[1] = both(c[1], bit_plane<1, 2>(p + 64));
