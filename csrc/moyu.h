@@ -112,7 +112,8 @@ size_t workspace_floats(int64_t rows, int64_t d);
 // the contents stay. False where it does not, or where nothing that large lies within.
 bool use_huge_pages(const void* begin, size_t bytes);
 
-// Instruction sets: "scalar", "avx2", "avx512", "avx512_vnni" and "avx512_bf16" (both with GFNI), "neon".
+// Instruction sets: "scalar", "avx2", "avx512", "avx512_vnni" and "avx512_bf16" (both with GFNI),
+// "neon".
 const char* isa_name();                     // the one in use
 int isa_list(const char** names, int max);  // those that this build has and this CPU runs
 void set_isa(const char* name);             // throws std::invalid_argument where it can't

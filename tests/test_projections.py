@@ -13,7 +13,7 @@ from moyu_ext.errors import ConfigurationError, PatchStateError
 from moyu_ext.methods import SRIDA, Dense
 from moyu_ext.patching.families import find_mlps
 from moyu_ext.patching.patch import patch, report, unpatch
-from moyu_ext.patching.projections import Projection, find_projections
+from moyu_ext.patching.projections import ROWS, Projection, find_projections
 from snapshot import snapshot
 from test_ops import assert_as_good_as_torch
 from torch import Tensor, nn
@@ -127,6 +127,27 @@ def test_what_is_left_as_it_is(tiny: Make) -> None:
     found = [getattr(parent, name) for parent, name in find_projections(model, find_mlps(model))]
     assert len(found) == 13 - 5 and model.lm_head not in found
     assert not {id(m) for m in attention.children()} & {id(m) for m in found}
+
+
+@torch.no_grad()
+def test_the_most_rows_are_those_of_the_device(
+    tiny: Make, prompt: Prompt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = patch(tiny(), Dense(), projections=True)
+    right = ops.gather_gemv
+    rows: list[int] = []
+
+    def seen(x: Tensor, *rest: Tensor | None) -> Tensor:
+        rows.append(x.numel() // x.shape[-1])
+        return right(x, *rest)
+
+    monkeypatch.setattr(ops, "gather_gemv", seen)
+    for most, taken in ((8, {4, 5, 8}), (4, {4}), (0, set())):
+        monkeypatch.setitem(ROWS, "cpu", most)
+        rows.clear()
+        for length in (4, 5, 8, 9):
+            model(prompt(length))
+        assert set(rows) == taken
 
 
 def test_refusals(tiny: Make, prompt: Prompt) -> None:

@@ -7,8 +7,8 @@ using IntVec = __m512i;
 MOYU_INLINE IntVec int_zero() { return _mm512_setzero_si512(); }
 MOYU_INLINE Vec to_vec(IntVec v) { return _mm512_cvtepi32_ps(v); }
 #if defined(MOYU_SIMD_VNNI)
-// The matrix with which GFNI moves a byte's bits kFrom, kFrom + 1, ... to kTo, kTo + 1, ...: its row
-// for bit i is byte 7 - i.
+// The matrix by which GFNI moves a byte's bits from kFrom on to where kTo is: the row
+// that makes bit i is its byte 7 - i.
 template <int kFrom, int kWidth, int kTo>
 constexpr long long moved_bits() {
   uint64_t rows = 0;
