@@ -2,7 +2,7 @@
 
 Environment: MOYU_CUDA=0 leaves the CUDA kernels out, MOYU_CUDA=1 makes a missing nvcc an error
 (default: they are built where nvcc is found, also next to a CPU build of torch, where they wait
-unused); MOYU_CUDA_ARCHS="80;90" names the GPU architectures, the last of them also as PTX.
+unused); MOYU_CUDA_ARCHS="80;90" names the GPU architectures, the newest of them also as PTX.
 """
 
 import os
@@ -48,7 +48,10 @@ CPU_SOURCES = [
     "moyu_ext/module.cpp",
 ]
 CUDA_SOURCES = sorted(str(path) for path in Path("csrc/cuda").glob("*.cu"))
-CUDA_ARCHS = os.environ.get("MOYU_CUDA_ARCHS", "80;90").split(";")
+# Ascending, so that the last one, whose PTX newer devices run, is the newest.
+CUDA_ARCHS = sorted(
+    os.environ.get("MOYU_CUDA_ARCHS", "80;90").split(";"), key=lambda a: int(a.rstrip("af"))
+)
 
 
 def find_cuda() -> Path | None:

@@ -110,11 +110,12 @@ inline Plan plan_of(const char* op, const std::string& name) {
   fail(op, "plan must be gate or product, got '", name, "'");
 }
 
-// The rows of x, whose last axis must have d elements.
+// The rows of x, whose last axis must have d elements, at least one.
 inline int64_t rows_of(const char* op, const Tensor& x, int64_t d) {
   if (x.dim() < 1 || x.size(x.dim() - 1) != d || !x.is_contiguous())
     fail(op, "x must be contiguous [..., ", d, "], got ", describe(x));
-  return d ? x.numel() / d : 0;
+  if (d < 1) fail(op, "the last axis of x and of the weights must not be empty, got ", describe(x));
+  return x.numel() / d;
 }
 
 inline void check_together(const char* op, const OptionalTensor& indices,

@@ -18,6 +18,7 @@ float* scratch(size_t floats) {
   thread_local size_t capacity = 0;
   const size_t bytes = (floats * sizeof(float) + 4095) / 4096 * 4096;
   if (bytes > capacity) {
+    capacity = 0;  // until there is memory again: an allocation may fail, and later calls come
     memory.reset(static_cast<float*>(std::aligned_alloc(4096, bytes)));
     if (!memory) throw std::bad_alloc();
     capacity = bytes;

@@ -72,17 +72,20 @@ T* output(Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-// Kernels count neurons in 32 bits, and read row 0 in the place of an index that is out of range.
+// Kernels count neurons in 32 bits, a tile beyond the last one too, and read row 0 in the place of an
+// index that is out of range.
+constexpr int64_t kMostNeurons = std::numeric_limits<int32_t>::max() - 65536;
+
 void check_sizes(const char* op, int64_t f, int64_t d) {
-  constexpr int64_t most = std::numeric_limits<int32_t>::max();
-  if (f < 1 || f > most || d < 1)
-    fail(op, "weights must be [f, d] with f in [1, ", most, "] and d >= 1, got [", f, ", ", d, "]");
+  if (f < 1 || f > kMostNeurons || d < 1)
+    fail(op, "weights must be [f, d] with f in [1, ", kMostNeurons, "] and d >= 1, got [", f, ", ",
+         d, "]");
 }
 
 // The same for the positions of a list.
 void check_length(const char* op, const char* name, int64_t length) {
-  constexpr int64_t most = std::numeric_limits<int32_t>::max();
-  if (length > most) fail(op, name, " may hold at most ", most, " per row, got ", length);
+  if (length > kMostNeurons)
+    fail(op, name, " may hold at most ", kMostNeurons, " per row, got ", length);
 }
 
 // Only with MOYU_CHECK=1, and not in a graph's capture.

@@ -198,16 +198,20 @@ def test_decode_rows(size: Geometry, dtype: torch.dtype) -> None:
     result = measure_decode(size, names, dtype)
     plans = ["dense", "given", "given", "product", "gate", "dense", "given"]
     assert [s.plan for s in result.sides] == plans
-    assert [row.name for row in result.rows] == 7 * ["decode", "prefill"]
+    assert [row.name for row in result.rows] == 7 * ["decode", "decode-mlp", "prefill"]
     for row in result.rows:
         assert 0 < row.max_rel_err < 0.02
-        assert row.rows == (1 if row.name == "decode" else 20)
+        assert row.rows == (20 if row.name == "prefill" else 1)
         assert 0 < row.bytes <= result.model_bytes
-        if row.name == "decode" and row.plan != "dense":
+        if row.name != "prefill" and row.plan != "dense":
             assert 0.2 < row.density < 0.45
-    for side in result.sides:
+    for side, step, mlps in zip(result.sides, result.rows[::3], result.rows[1::3], strict=True):
         assert 0 < side.mlp_share < 1
-    srida, qrida = (result.rows[2 * k] for k in (1, 6))
+        # All matrices of the MLPs, or, of those, what the plan reads.
+        whole = size.layers * (3 if size.gated else 2) * size.d * size.f * dtype.itemsize
+        assert result.rows[1].bytes == whole and 0 < mlps.bytes <= whole + side.shadow_bytes
+        assert step.bytes - mlps.bytes == result.rows[0].bytes - whole
+    srida, qrida = (result.rows[3 * k] for k in (1, 6))
     assert qrida.bytes - srida.bytes == result.sides[6].shadow_bytes > 0
     assert len(result.as_dict()["sides"]) == 7
     json.dumps(result.as_dict())
@@ -216,7 +220,7 @@ def test_decode_rows(size: Geometry, dtype: torch.dtype) -> None:
 def test_decode_rows_with_projections(monkeypatch: pytest.MonkeyPatch) -> None:
     result = measure_decode(LLAMA, ["dense", "srida"], torch.bfloat16, projections=True)
     names = ["unpatched", "dense", "srida", "dense+projections", "srida+projections"]
-    assert [row.method for row in result.rows[::2]] == names
+    assert [row.method for row in result.rows[::3]] == names
     assert [s.projections for s in result.sides] == [False] * 3 + [True] * 2
     right = ops.gather_gemv
     monkeypatch.setattr(ops, "gather_gemv", lambda *args: 1.03 * right(*args))
@@ -398,7 +402,7 @@ def test_command_line(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     short = ["--prompt", "16", "--new", "2", "--rounds", "1", "-d", "0.5", "--projections"]
     done = runner.invoke(app, ["bench", "decode", "-g", "tiny", "-m", "srida", *short, *files])
     assert done.exit_code == 0, done.output
-    assert len(rows.read_text().splitlines()) == 9
+    assert len(rows.read_text().splitlines()) == 12
     assert "srida+projections" in done.output
     facts = json.loads(out.read_text())
     assert facts["sides"][1]["method"].startswith("SRIDA(") and facts["one_down_bytes"] == 24576

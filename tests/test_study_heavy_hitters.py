@@ -7,14 +7,14 @@ import pytest
 import torch
 from moyu_ext.evaluation.perplexity import generation_perplexity
 from moyu_ext.studies.activity import mask_arguments
-from moyu_ext.studies.heavy_hitters import (
+from moyu_ext.studies.attention import (
     chosen_tokens,
     losses,
     mask_without,
     per_query,
     received_attention,
-    run,
 )
+from moyu_ext.studies.heavy_hitters import _shuffled, run
 from moyu_ext.studies.report import Report
 from study_support import tiny_setting, tiny_subject
 
@@ -47,13 +47,22 @@ def test_chosen_tokens() -> None:
     assert chosen_tokens(scores, 0.4, "heavy", g).nonzero()[:, 1].tolist() == [2, 4, 1, 2]
     # Per query: 1/4, 5/3, 2/2, 4/1 in the first row.
     assert chosen_tokens(scores, 0.4, "heavy per query", g)[0].nonzero().tolist() == [[2], [4]]
-    assert torch.equal(
-        chosen_tokens(scores, 0.4, "other's places", g)[0],
-        chosen_tokens(scores, 0.4, "heavy", g)[1],
-    )
+    for kind in ("heavy", "heavy per query"):
+        there = chosen_tokens(scores, 0.4, f"places of {kind}", g)
+        assert torch.equal(there[0], chosen_tokens(scores, 0.4, kind, g)[1])
     drawn = chosen_tokens(torch.rand(50, 20), 0.1, "random", g)
     assert (drawn.sum(1) == 2).all() and not drawn[:, 0].any() and drawn.sum(0)[1:].min() > 0
     assert per_query(scores)[0].tolist() == pytest.approx([9 / 5, 1 / 4, 5 / 3, 1, 4])
+
+
+def test_attention_of_shuffled_tokens_comes_back_in_their_order(tiny, rows) -> None:
+    subject = tiny_subject(tiny)
+    order = torch.rand(rows[:, 1:].shape, generator=torch.Generator().manual_seed(5)).argsort(1)
+    ids = torch.cat([rows[:, :1], rows[:, 1:].gather(1, order)], 1)
+    there = per_query(received_attention(subject.model, ids))
+    back = _shuffled(subject, rows, torch.Generator().manual_seed(5))
+    assert back[1, order[1, 0]] == there[1, 1]
+    assert torch.equal(back.gather(1, order), there[:, 1:])
 
 
 @pytest.mark.parametrize("name", ["llama", "opt"])
@@ -110,7 +119,12 @@ def test_study_writes_its_verdicts(tiny, tmp_path: Path) -> None:
     run(setting, report)
     report.write(setting.describe())
     found = json.loads((tmp_path / "out" / "heavy_hitters.json").read_text())
-    assert len(found["claims"]) == 8
+    assert len(found["claims"]) == 10
+    where = found["numbers"]["llama"]["where"]
+    assert where["lost to meaning"]["mean"] == pytest.approx(
+        where["rank correlation of two shuffles"]["mean"]
+        - where["rank correlation with itself in the shuffled text"]["mean"]
+    )
     quality = found["numbers"]["llama"]["quality"]
     assert set(quality) == {"dense", "TDA", "sTDA", "sRIDA", "qRIDA"}
     assert quality["dense"]["density"] == 1 and quality["sRIDA"]["density"] == 0.5

@@ -11,12 +11,15 @@ from moyu_ext.evaluation.corpus import Corpus
 from moyu_ext.evaluation.statistics import (
     bootstrap,
     covered,
+    crossed_bootstrap,
     jaccard,
     mean_interval,
     pearson,
     permutation_p,
     ranks,
+    sign_at,
     sign_flip_p,
+    sign_of,
     spearman,
     top_mask,
 )
@@ -59,10 +62,18 @@ def test_report_does_not_change_from_run_to_run(tmp_path: Path) -> None:
 
 def test_a_claim_judged_model_by_model(tmp_path: Path) -> None:
     report = Report("gradient", "t", "s", tmp_path)
-    for held in ([], ["a"], ["a", "b"]):
-        report.judged("s", "c", "m", held, {"a": 1, "b": 2})
+    for signs in ((-1, -1), (0, -1), (1, 0), (1, -1), (1, 1), (0, 0)):
+        report.judged("s", "c", "m", dict(zip("ab", signs, strict=True)), needed="more")
     verdicts = [(claim.verdict, claim.condition) for claim in report.claims]
-    assert verdicts == [("fails", ""), ("holds only if", "the model is a"), ("holds", "")]
+    partly = ("holds only if", "the model is a")
+    assert verdicts == [
+        ("fails", ""),
+        ("fails", ""),
+        partly,
+        partly,
+        ("holds", ""),
+        ("open", "more"),
+    ]
 
 
 def test_claim_refuses_unknown_verdicts_and_missing_conditions() -> None:
@@ -103,6 +114,23 @@ def test_intervals_cover_the_mean_and_know_signs() -> None:
         assert interval.high - interval.low < 0.4
     assert bootstrap(torch.randn(400, generator=g)).sign == 0
     assert bootstrap(-samples).sign == -1
+
+
+def test_crossed_bootstrap_draws_seeds_and_texts() -> None:
+    g = torch.Generator().manual_seed(0)
+    of_seed, of_text = torch.randn(6, 1, generator=g), torch.randn(1, 30, generator=g)
+    interval = crossed_bootstrap(of_seed + of_text)
+    # As uncertain as six seeds are, which 180 independent values would not be.
+    width = 1.96 * (of_seed.var() / 6 + of_text.var() / 30).sqrt().item()
+    assert (interval.high - interval.low) / 2 == pytest.approx(width, rel=0.25)
+    naive = bootstrap(of_seed + of_text)
+    assert interval.high - interval.low > 2 * (naive.high - naive.low)
+
+
+def test_signs() -> None:
+    for low, high, sign in ((0.1, 0.3, 1), (-0.3, -0.1, -1), (-0.1, 0.1, 0)):
+        assert sign_of({"mean": 0.0, "low": low, "high": high, "p": 1.0}) == sign
+    assert [sign_at(2.0, 0.01), sign_at(-2.0, 0.01), sign_at(2.0, 0.2)] == [1, -1, 0]
 
 
 def test_permutation_tests_tell_difference_from_chance() -> None:

@@ -24,6 +24,9 @@ def bench_rows(path: Path) -> Path:
          "median_us": 800000, "speedup_vs_dense": 1, "device": "c", "commit": "abc"},
         {"name": "decode", "method": "srida", "geometry": "llama-2-7b", "density": 0.33,
          "median_us": 400000, "speedup_vs_dense": 2, "device": "c", "commit": "abc"},
+        {"name": "generate-1024+128-static", "method": "srida+projections",
+         "geometry": "llama-2-7b", "density": 0.44, "median_us": 910000,
+         "speedup_vs_dense": 1.19, "device": "NVIDIA", "commit": "abc"},
     ]  # fmt: skip
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
@@ -83,7 +86,8 @@ def test_cells() -> None:
 def test_latencies_come_with_their_row(tmp_path: Path) -> None:
     path = bench_rows(tmp_path / "rows.csv")
     found = latencies(path)
-    assert [row.method for row in found] == ["unpatched", "srida"]
+    assert [row.method for row in found] == ["unpatched", "srida", "srida+projections"]
+    assert [row.setup for row in found] == ["per token", "per token", "1024+128"]
     assert found[1].milliseconds == 400 and found[1].where == "rows.csv row 3, commit abc"
     other = tmp_path / "rows.json"
     other.write_text(json.dumps({"rows": [vars(found[0])]}))
@@ -93,6 +97,37 @@ def test_latencies_come_with_their_row(tmp_path: Path) -> None:
         latencies(other)
     with pytest.raises(ConfigurationError, match="nowhere holds no rows"):
         latencies(tmp_path / "nowhere")
+
+
+def test_faster_is_judged_by_method_and_device_at_the_median(tmp_path: Path) -> None:
+    rows = [
+        tables_measure.Latency("srida", "per token", "llama-2-7b", 0.3, 1.0, speed, "Xeon", "row")
+        for speed in (1.0, 1.3, 1.9)
+    ]
+    rows += [
+        tables_measure.Latency("stda", "1+1", "llama-2-7b", 0.3, 1.0, 1.1, "NVIDIA X", "row"),
+        tables_measure.Latency("tda", "per token", "llama-3-8b", 0.3, 1.0, 9.0, "Xeon", "row"),
+    ]
+    report = Report("tables", "t", "s", tmp_path)
+    tables._faster(report, rows, tables_paper.speedups(), "measure it")
+    tables._faster(report, [], tables_paper.speedups(), "measure it")
+    first, second = report.claims
+    assert "sRIDA on the CPU 1.30 (median of 3); sTDA on NVIDIA X 1.10" in first.measured
+    assert (first.verdict, first.condition) == ("holds only if", "it is sRIDA on the CPU")
+    assert (second.verdict, second.condition) == ("open", "measure it")
+
+
+def test_table_5_is_judged_by_what_accuracy_falls(tmp_path: Path) -> None:
+    # Without heavy hitters TDA scores best, and falls most.
+    scores = {"TDA": (1.0, 0.5), "sTDA": (0.6, 0.3), "sRIDA": (0.2, 0.1)}
+    values = {
+        table: {(m, "MMLU"): [pair[at]] * 20 for m, pair in scores.items()}
+        for at, table in enumerate(("1", "5"))
+    }
+    report = Report("tables", "t", "s", tmp_path)
+    tables._claims(tiny_setting(None, tmp_path, ()), report, {"m": values})
+    assert [claim.verdict for claim in report.claims] == ["holds", "holds"]
+    assert "TDA less sTDA +20.0 points" in report.claims[1].measured
 
 
 def study(tiny, tmp_path: Path, **changes) -> dict:
@@ -119,12 +154,15 @@ def test_without_data_every_cell_says_why_it_is_empty(tiny, tmp_path: Path, monk
     assert "is in the data folder: pass --data DIR, or set MOYU_DATA" in whole
     assert "| LLaMA-2-7B, paper | TDA | (45.62) | (60.66) | (73.88) | (13.65) | (67.12) |" in whole
     assert "| sRIDA | per token | 67.0 | 400.0 ms | 2.000 | rows.csv row 3, commit abc |" in whole
+    assert "| sRIDA + projections | 1024+128 | 56.0 | 0.91 s in all | 1.190 | rows.csv" in whole
     assert (
         "no rows of tda, stda in rows.csv; measure it with `moyu bench decode -g llama-2-7b"
         in whole
     )
     verdicts = {claim["claim"]: claim["verdict"] for claim in found["claims"]}
-    assert list(verdicts.values()) == ["fails", "holds only if", "open", "open"]
+    assert list(verdicts.values()) == ["fails", "fails", "fails", "holds", "open", "open"]
+    assert "sTDA (12.31) and (12.31)" in whole  # of two tables, which measure different things
+    assert "falls most sTDA, sTDA, sTDA; least sRIDA, TDA, sRIDA" in whole
 
 
 def test_cells_are_measured_where_there_is_data(tiny, tmp_path: Path, monkeypatch) -> None:

@@ -87,7 +87,7 @@ fi
 for twin in "${twins[@]}"; do evaluate "pareto_$twin" "$twin" "${pareto[@]}"; done
 [[ -z $data ]] || study tables studies/twins "${twins[@]}"
 made study training studies/twins # trains models of its own
-for name in history heavy-hitters inertia gradient; do
+for name in history heavy-hitters inertia gradient prompt-length; do
   made study "$name" studies/twins "${twins[@]}"
 done
 [[ -n $data ]] || made study tables studies/twins "${twins[@]}"
@@ -98,7 +98,7 @@ if [[ -n $data ]]; then
   evaluate tasks_mix4m_silu "$models/mix4m_silu" --methods dense,tda,srida,qrida -d 0.33 --cett 0.2 \
     --tasks mmlu,truthfulqa_mc1,truthfulqa_mc2,winogrande,gsm8k,hellaswag,arc_easy,arc_challenge,piqa,boolq,last_word \
     --summaries xsum,cnn_dailymail --limit 20 --texts 16 --written 0
-  for name in tables history gradient heavy-hitters inertia; do
+  for name in tables history gradient heavy-hitters inertia prompt-length; do
     study "$name" studies/stories260K stories260K
   done
   evaluate pareto_stories260K "$models/stories260K" "${pareto[@]}"

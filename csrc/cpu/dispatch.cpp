@@ -1,5 +1,6 @@
 // Chooses the instruction set once, on first use: the best that this CPU runs, or the one that
 // MOYU_FORCE_ISA names.
+#include <atomic>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -46,10 +47,13 @@ const Kernels* choose() {
   return &scalar_kernels;
 }
 
-const Kernels*& current() {
-  static const Kernels* kernels = choose();
+// Atomic, since set_isa may be called while another thread runs an operator.
+std::atomic<const Kernels*>& chosen() {
+  static std::atomic<const Kernels*> kernels = choose();
   return kernels;
 }
+
+const Kernels* current() { return chosen().load(std::memory_order_relaxed); }
 
 }  // namespace
 
@@ -117,6 +121,6 @@ int isa_list(const char** names, int max) {
   return n;
 }
 
-void set_isa(const char* name) { current() = find(name); }
+void set_isa(const char* name) { chosen() = find(name); }
 
 }  // namespace moyu::cpu

@@ -35,7 +35,9 @@ inline QuantizedInput quantize_input(const T* x, int64_t rows, int64_t d, float*
       const float s = finite ? largest / 127.0f : NAN;
       int32_t sum = 0;
       for (int64_t j = 0; j < n; ++j) {
-        const float code = s > 0.0f ? round_even(values[j] / s) : 0.0f;
+        // Where s is subnormal the quotient can be off, and over 127.
+        const float code =
+            s > 0.0f ? std::min(std::max(round_even(values[j] / s), -127.0f), 127.0f) : 0.0f;
         qb[j] = static_cast<int8_t>(code);
         sum += static_cast<int32_t>(code);
       }
@@ -289,7 +291,7 @@ void shadow_mlp_of(const Mlp& mlp, const Shadow& shadow, const float* epsilon, i
           counts[first + r] = mark_row(scores + r * f, f, epsilon, k, scratch, mask + r * f);
         count = unite(mask, m.rows, f, indices);
       }  // the implied barrier shows count and indices to the team
-      const ActiveSet set{indices, nullptr, m.rows > 1 ? mask - first * f : nullptr};
+      const ActiveSet set{indices, nullptr, m.rows > 1 ? mask : nullptr};
       given_part(mlp, m, first, set, count, accumulators);
     }
   }

@@ -37,8 +37,8 @@ MOYU_INLINE void neuron_activation(const Matrices<T>& m, int64_t i, int64_t soon
   }
 }
 
-// One thread's part of the MLP over a set; every thread of the team calls it with the same
-// arguments. accumulators: rows * d floats per thread.
+// One thread's part of the MLP of m's rows over a set, whose mask is of these rows; every thread of
+// the team calls it with the same arguments. accumulators: rows * d floats per thread.
 template <class T>
 inline void given_part(const Mlp& mlp, const Matrices<T>& m, int64_t first, const ActiveSet& set,
                        int64_t count, float* accumulators) {
@@ -57,7 +57,7 @@ inline void given_part(const Mlp& mlp, const Matrices<T>& m, int64_t first, cons
       neuron_activation<true>(m, i, neuron(std::min(k + j + 2, mine.end - 1)), aj);
       if (set.mask)
         for (int64_t r = 0; r < m.rows; ++r)
-          if (!set.mask[(first + r) * mlp.f + i]) aj[r] = 0.0f;
+          if (!set.mask[r * mlp.f + i]) aj[r] = 0.0f;
     }
     const auto in_group = [&](int64_t j) { return neuron(k + j); };
     accumulate<false>(m.down_t, in_group, n, a, m.rows, d, acc);
@@ -74,8 +74,10 @@ void sparse_mlp_of(const Mlp& mlp, const ActiveSet& set, float* workspace) {
   float* accumulators = accumulators_in(workspace, mlp.d);
   for (int64_t first = 0; first < mlp.rows; first += kMaxRows) {
     const Matrices<T> m(mlp, first, workspace);
+    ActiveSet part = set;
+    if (set.mask) part.mask += first * mlp.f;
 #pragma omp parallel num_threads(threads_for(bytes))
-    given_part(mlp, m, first, set, count, accumulators);
+    given_part(mlp, m, first, part, count, accumulators);
   }
 }
 

@@ -36,7 +36,8 @@ struct CompactShared {
   int32_t warp_totals[kCompactWarps];
 };
 
-// Writes the i in [0, f) for which active(i) holds to indices, ascending; returns how many.
+// Writes the i in [0, f) for which active(i, k) holds to indices, ascending; returns how many. Up
+// to kPositionsAhead * kCompactThreads positions, i = threadIdx.x + k * kCompactThreads.
 template <typename Active>
 __device__ __forceinline__ int64_t compact(CompactShared& s, int64_t f, const Active& active,
                                            int32_t* indices) {
@@ -49,7 +50,7 @@ __device__ __forceinline__ int64_t compact(CompactShared& s, int64_t f, const Ac
 #pragma unroll
       for (int k = 0; k < kPositionsAhead; ++k) {
         const int64_t i = begin + (first + k * kCompactWarps) * 32 + lane;
-        on[k] = i < f && active(i);
+        on[k] = i < f && active(i, k);
       }
 #pragma unroll
       for (int k = 0; k < kPositionsAhead; ++k) {

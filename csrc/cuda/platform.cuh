@@ -61,24 +61,25 @@ __device__ __forceinline__ void allow_next_kernel() {
 
 inline void check(cudaError_t error, const char* op) {
   if (error == cudaSuccess) return;
+  (void)cudaGetLastError();  // the exception tells it; torch's next check must not find it again
   throw std::runtime_error(std::string("moyu_ext: ") + op + ": CUDA: " + cudaGetErrorName(error) +
                            ": " + cudaGetErrorString(error));
 }
 
+constexpr int kMaxDevices = 64;
+
 struct Device {
-  int multiprocessors;
-  bool dependent_launch;  // programmatic dependent launch: compute capability 9.0 and up
+  int id, multiprocessors;
 };
 
 // The current device, asked once and remembered; throws where our machine code cannot run.
 inline Device current_device(const char* op) {
-  constexpr int kMaxDevices = 64;
-  static std::atomic<int> known[kMaxDevices];  // 2 * multiprocessors + dependent_launch, 0: not yet
+  static std::atomic<int> known[kMaxDevices];  // multiprocessors, 0: not asked yet
   int id = 0;
   check(cudaGetDevice(&id), op);
-  int packed = id < kMaxDevices ? known[id].load(std::memory_order_relaxed) : 0;
-  if (packed == 0) {
-    int major = 0, minor = 0, multiprocessors = 0;
+  int multiprocessors = id < kMaxDevices ? known[id].load(std::memory_order_relaxed) : 0;
+  if (multiprocessors == 0) {
+    int major = 0, minor = 0;
     check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, id), op);
     check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, id), op);
     check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, id), op);
@@ -86,12 +87,25 @@ inline Device current_device(const char* op) {
       throw std::runtime_error(std::string("moyu_ext: ") + op + ": cuda:" + std::to_string(id) +
                                " has compute capability " + std::to_string(major) + "." +
                                std::to_string(minor) + "; 8.0 or newer is needed");
+    if (id < kMaxDevices) known[id].store(multiprocessors, std::memory_order_relaxed);
+  }
+  return {id, multiprocessors};
+}
+
+// Whether kernels may start early on the device: where the code that runs there waits, which is a
+// matter of what it was compiled for. PTX for 8.0 runs on a newer device, too, and does not wait.
+inline bool dependent_launch(const char* op, int device, const void* kernel) {
+  static std::atomic<int> known[kMaxDevices];  // 1: no, 2: yes, 0: not asked yet
+  int answer = device < kMaxDevices ? known[device].load(std::memory_order_relaxed) : 0;
+  if (answer == 0) {
+    cudaFuncAttributes code{};
+    check(cudaFuncGetAttributes(&code, kernel), op);
     const char* pdl = std::getenv("MOYU_PDL");
     const bool off = pdl != nullptr && pdl[0] == '0';
-    packed = 2 * multiprocessors + (major >= 9 && !off ? 1 : 0);
-    if (id < kMaxDevices) known[id].store(packed, std::memory_order_relaxed);
+    answer = code.ptxVersion >= 90 && !off ? 2 : 1;
+    if (device < kMaxDevices) known[device].store(answer, std::memory_order_relaxed);
   }
-  return {packed / 2, packed % 2 == 1};
+  return answer == 2;
 }
 
 // Queues kernel<<<blocks, threads, 0, stream>>>(params): the only place where a kernel starts.
@@ -106,7 +120,9 @@ void launch(const char* op, void (*kernel)(Params), int64_t blocks, int threads,
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &attribute;
-  config.numAttrs = current_device(op).dependent_launch ? 1 : 0;
+  const int device = current_device(op).id;
+  const void* const code = reinterpret_cast<const void*>(kernel);
+  config.numAttrs = dependent_launch(op, device, code) ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, params), op);
 }
 

@@ -39,27 +39,63 @@ __device__ __forceinline__ uint64_t key_of(float score, int64_t i) {
          (0x7fffffffu - static_cast<uint32_t>(i));
 }
 
-// The cut such that exactly k of the f keys are >= it, 1 <= k <= f: digit by digit from the top.
-__device__ __forceinline__ uint64_t find_cut(ChooseShared& s, const float* scores, int64_t f,
-                                             int64_t k) {
+// A row's scores where each of the block's threads keeps its own in registers, for f up to kMost:
+// they are looked at once per digit and once more for the list.
+struct HeldScores {
+  static constexpr int64_t kMost = int64_t{kPositionsAhead} * kCompactThreads;
+  float held[kPositionsAhead];
+  int64_t f;
+  __device__ __forceinline__ HeldScores(const float* scores, int64_t f) : f(f) {
+#pragma unroll
+    for (int k = 0; k < kPositionsAhead; ++k) {
+      const int64_t i = threadIdx.x + int64_t{k} * kCompactThreads;
+      held[k] = i < f ? scores[i] : 0.0f;
+    }
+  }
+  template <typename Visit>
+  __device__ __forceinline__ void for_each(const Visit& visit) const {
+#pragma unroll
+    for (int k = 0; k < kPositionsAhead; ++k) {
+      const int64_t i = threadIdx.x + int64_t{k} * kCompactThreads;
+      if (i < f) visit(held[k], i);
+    }
+  }
+  __device__ __forceinline__ float at(int64_t, int k) const { return held[k]; }
+};
+
+// The same where there are more.
+struct StoredScores {
+  const float* scores;
+  int64_t f;
+  __device__ __forceinline__ StoredScores(const float* scores, int64_t f) : scores(scores), f(f) {}
+  template <typename Visit>
+  __device__ __forceinline__ void for_each(const Visit& visit) const {
+#pragma unroll 4
+    for (int64_t i = threadIdx.x; i < f; i += kCompactThreads) visit(scores[i], i);
+  }
+  __device__ __forceinline__ float at(int64_t i, int) const { return scores[i]; }
+};
+
+// The cut such that exactly `wanted` of the keys are >= it, 1 <= wanted <= f: digit by digit from
+// the top.
+template <typename Scores>
+__device__ __forceinline__ uint64_t find_cut(ChooseShared& s, const Scores& scores, int wanted) {
   static_assert(kBins == 2 * kCompactThreads);
   const int tid = static_cast<int>(threadIdx.x);
-  uint64_t prefix = 0;
-  int wanted = static_cast<int>(k);  // of the keys that begin with prefix
+  uint64_t prefix = 0;  // from now on `wanted` is of the keys that begin with it
   for (int end = kKeyBits; end > 0;) {
     const int shift = max(end - kDigitBits, 0);
     const unsigned digits = (1u << (end - shift)) - 1;
     s.histogram[tid] = 0;
     s.histogram[tid + kCompactThreads] = 0;
     __syncthreads();
-#pragma unroll 4
-    for (int64_t i = tid; i < f; i += kCompactThreads) {
-      const uint64_t key = key_of(scores[i], i);
+    scores.for_each([&](float score, int64_t i) {
+      const uint64_t key = key_of(score, i);
       const unsigned digit = static_cast<unsigned>(key >> shift) & digits;
       // Digit 0 is what remains; not counting it saves many threads from adding to one place where
       // many scores are 0.
       if (key >> end == prefix && digit != 0) atomicAdd(&s.histogram[digit], 1);
-    }
+    });
     __syncthreads();
     const int high = kBins - 1 - 2 * tid;  // this thread's bins: high and high - 1, from the top
     const int first = s.histogram[high], second = s.histogram[high - 1];
@@ -86,32 +122,34 @@ __device__ __forceinline__ uint64_t find_cut(ChooseShared& s, const float* score
   return prefix;
 }
 
-// One block per row; a single row's block also makes the list.
-__global__ void __launch_bounds__(kCompactThreads) choose_kernel(ChooseParams p) {
+// One block per row; a single row's block also makes the list. One block per multiprocessor is all
+// there is to run, so that registers are not to be spared.
+template <typename Scores>
+__global__ void __launch_bounds__(kCompactThreads, 1) choose_kernel(ChooseParams p) {
   MOYU_SHARED(ChooseShared, s);
   wait_for_previous_kernel();
   allow_next_kernel();
-  const float* const scores = p.scores + blockIdx.x * p.f;
-  const uint64_t cut = p.k > 0 ? find_cut(s, scores, p.f, p.k) : ~uint64_t{0};
+  const Scores scores(p.scores + blockIdx.x * p.f, p.f);
+  const uint64_t cut = p.k > 0 ? find_cut(s, scores, static_cast<int>(p.k)) : ~uint64_t{0};
   if (threadIdx.x == 0) {
     p.counts[blockIdx.x] = static_cast<int32_t>(p.k);
     p.cuts[blockIdx.x] = cut;
   }
   if (p.rows > 1) return;
   __syncthreads();  // the list takes the histogram's place
-  const auto active = [&](int64_t i) { return key_of(scores[i], i) >= cut; };
+  const auto active = [&](int64_t i, int k) { return key_of(scores.at(i, k), i) >= cut; };
   const int64_t found = compact(s.compact, p.f, active, p.indices);
   if (threadIdx.x == 0) *p.count = static_cast<int32_t>(found);
 }
 
 // One block, for several rows: every row's mask, and the list of the neurons that some row chose.
-__global__ void __launch_bounds__(kCompactThreads) unite_kernel(ChooseParams p) {
+__global__ void __launch_bounds__(kCompactThreads, 1) unite_kernel(ChooseParams p) {
   MOYU_SHARED(ChooseShared, s);
   wait_for_previous_kernel();
   allow_next_kernel();
   if (static_cast<int>(threadIdx.x) < p.rows) s.cuts[threadIdx.x] = p.cuts[threadIdx.x];
   __syncthreads();
-  const auto active = [&](int64_t i) {
+  const auto active = [&](int64_t i, int) {
     bool any = false;
     for (int r = 0; r < p.rows; ++r) {
       const bool mine = key_of(p.scores[r * p.f + i], i) >= s.cuts[r];
@@ -177,7 +215,9 @@ void shadow_mlp(const Mlp& mlp, const Shadow& shadow, const float* epsilon, int6
     const ChooseParams choose{s.scores,  s.cuts,  n > 1 ? s.mask : nullptr,
                               s.indices, s.count, counts + first,
                               f,         k,       static_cast<int>(n)};
-    launch(op, choose_kernel, n, kCompactThreads, stream, choose);
+    const auto kernel =
+        f <= HeldScores::kMost ? choose_kernel<HeldScores> : choose_kernel<StoredScores>;
+    launch(op, kernel, n, kCompactThreads, stream, choose);
     if (n > 1) launch(op, unite_kernel, 1, kCompactThreads, stream, choose);
     launch_given(op, mlp, first, n, set, f, {}, {}, workspace, stream);
   }

@@ -19,7 +19,8 @@ __global__ void __launch_bounds__(kCompactThreads) threshold_compact_kernel(Comp
   const float* const values = p.values + blockIdx.x * p.f;
   int32_t* const indices = p.indices + blockIdx.x * p.f;
   const float epsilon = *p.epsilon;
-  const int64_t found = compact(s, p.f, [&](int64_t i) { return !(values[i] < epsilon); }, indices);
+  const auto active = [&](int64_t i, int) { return !(values[i] < epsilon); };
+  const int64_t found = compact(s, p.f, active, indices);
   for (int64_t i = found + threadIdx.x; i < p.f; i += kCompactThreads) indices[i] = 0;
   if (threadIdx.x == 0) p.count[blockIdx.x] = static_cast<int32_t>(found);
 }

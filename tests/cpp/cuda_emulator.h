@@ -3,9 +3,12 @@
 // its threads. What a GPU does with a mistake (hang, or read garbage) is an exception here:
 //   * threads that wait for each other at different places, or for threads that have left:
 //     "deadlock", with who waits where;
-//   * a misaligned 16-byte load; a shared struct over 48 KB.
+//   * a misaligned 16-byte load; a shared struct over 48 KB;
+//   * a thread that leaves, or lets the next kernel start, without having waited for the previous
+//     kernel.
 // Shared memory starts as NaN patterns. The order in which threads and blocks run can be turned
-// around or shuffled: a result that changes with it has a race.
+// around, shuffled, or greedy, when each warp runs as far as it can before the next one starts: a
+// result that changes with it has a race.
 #pragma once
 
 #include <algorithm>
@@ -25,7 +28,7 @@ inline dim3 threadIdx{0, 0, 0}, blockIdx{0, 0, 0}, blockDim, gridDim;
 
 namespace emulator {
 
-enum class Order { kForward, kBackward, kShuffled };
+enum class Order { kForward, kBackward, kShuffled, kGreedy };
 
 struct Config {
   int multiprocessors = 3;
@@ -59,6 +62,7 @@ struct Thread {
   uint64_t value = 0;  // brought to a warp operation
   int from = 0;        // the lane whose value this one wants
   uint64_t* result = nullptr;
+  bool waited = false;  // for the previous kernel
 };
 
 class Block {
@@ -85,23 +89,22 @@ class Block {
     for (unsigned i = 0; i < threads; ++i) {
       threads_[i].index = i;
       threads_[i].state = Thread::kReady;
+      threads_[i].waited = false;
       threads_[i].fiber.restart(&Block::thread_main, this);
     }
+    const size_t turn = config.order == Order::kGreedy ? 32 : threads;
     while (left_ < count_) {
       bool ran = false;
-      for (unsigned i : order) {
-        Thread& t = threads_[i];
-        if (t.state != Thread::kReady) continue;
-        ran = true;
-        self_ = &t;
-        threadIdx.x = i;
-        ++switches;
-        t.fiber.resume();
-        if (!error_.empty()) throw std::runtime_error(error_);
-      }
+      for (size_t first = 0; first < order.size(); first += turn)
+        while (run_ready(order, first, std::min(first + turn, order.size()))) {
+          ran = true;
+          if (config.order != Order::kGreedy) break;
+        }
       if (!ran) throw std::runtime_error(deadlock());
     }
   }
+
+  Thread& self() { return *self_; }
 
   void barrier(Site site) {
     for (unsigned i = 0; i < count_ && at_barrier_ > 0; ++i)
@@ -157,8 +160,27 @@ class Block {
     } catch (const std::runtime_error& e) {
       self->error_ = e.what();
     }
+    if (self->error_.empty() && !self->self_->waited)
+      self->error_ = "thread " + std::to_string(self->self_->index) +
+                     " left without waiting for the previous kernel";
     self->self_->state = Thread::kLeft;
     ++self->left_;
+  }
+
+  // Each thread of order[first, last) that is ready goes on to where it waits next.
+  bool run_ready(const std::vector<unsigned>& order, size_t first, size_t last) {
+    bool ran = false;
+    for (size_t k = first; k < last; ++k) {
+      Thread& t = threads_[order[k]];
+      if (t.state != Thread::kReady) continue;
+      ran = true;
+      self_ = &t;
+      threadIdx.x = order[k];
+      ++switches;
+      t.fiber.resume();
+      if (!error_.empty()) throw std::runtime_error(error_);
+    }
+    return ran;
   }
 
   void wait() {
@@ -294,14 +316,16 @@ inline int dot4(unsigned a, unsigned b, int c) {
   return c;
 }
 inline void prefetch_l2(const void*) {}
-inline void wait_for_previous_kernel() {}
-inline void allow_next_kernel() {}
+inline void wait_for_previous_kernel() { emulator::Block::current()->self().waited = true; }
+inline void allow_next_kernel() {
+  if (!emulator::Block::current()->self().waited)
+    emulator::Block::fail("the next kernel is let in before the previous one is waited for");
+}
 
 struct Device {
-  int multiprocessors;
-  bool dependent_launch;
+  int id, multiprocessors;
 };
-inline Device current_device(const char*) { return {emulator::config.multiprocessors, false}; }
+inline Device current_device(const char*) { return {0, emulator::config.multiprocessors}; }
 
 template <typename Params>
 void launch(const char* op, void (*kernel)(Params), int64_t blocks, int threads, void*,

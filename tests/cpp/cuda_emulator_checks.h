@@ -5,6 +5,9 @@
 
 namespace test {
 
+using moyu::cuda::allow_next_kernel;
+using moyu::cuda::wait_for_previous_kernel;
+
 struct Probe {
   int32_t* out;
   int n;
@@ -16,13 +19,40 @@ struct ProbeShared {
 // Rotates values through shared memory; without the barrier it is a race.
 template <bool kBarrier>
 void rotate_kernel(Probe p) {
+  wait_for_previous_kernel();
   MOYU_SHARED(ProbeShared, s);
   s.values[threadIdx.x] = static_cast<int32_t>(threadIdx.x);
   if (kBarrier) __syncthreads();
   p.out[blockIdx.x * blockDim.x + threadIdx.x] = s.values[(threadIdx.x + 1) % blockDim.x];
 }
 
+// Warp 0 hands each round's value to warp 1. Without the second barrier of a round it may be one
+// round ahead, which only shows where a warp runs far ahead of another.
+template <bool kBarrier>
+void rounds_kernel(Probe p) {
+  wait_for_previous_kernel();
+  MOYU_SHARED(ProbeShared, s);
+  int sum = 0;
+  for (int round = 0; round < 3; ++round) {
+    if (threadIdx.x < 32) s.values[threadIdx.x] = round;
+    __syncthreads();
+    if (threadIdx.x >= 32) {
+      __ballot_sync(~0u, true);
+      sum += (round + 1) * s.values[threadIdx.x - 32];
+    }
+    if (kBarrier) __syncthreads();
+  }
+  p.out[threadIdx.x] = sum;
+}
+
+inline void never_waits_kernel(Probe) {}
+inline void lets_in_first_kernel(Probe) {
+  allow_next_kernel();
+  wait_for_previous_kernel();
+}
+
 inline void warp_kernel(Probe p) {
+  wait_for_previous_kernel();
   const int lane = threadIdx.x % 32;
   int v = lane + 1;
   for (int offset = 16; offset > 0; offset /= 2) v += __shfl_xor_sync(~0u, v, offset);
@@ -35,25 +65,31 @@ inline void warp_kernel(Probe p) {
 }
 
 inline void half_barrier_kernel(Probe) {
+  wait_for_previous_kernel();
   if (threadIdx.x < 32) __syncthreads();
 }
 inline void two_barriers_kernel(Probe) {
+  wait_for_previous_kernel();
   if (threadIdx.x % 2 == 0)
     __syncthreads();
   else
     __syncthreads();
 }
 inline void lost_lane_kernel(Probe) {
+  wait_for_previous_kernel();
   if (threadIdx.x != 5) __ballot_sync(~0u, true);
 }
 inline void misaligned_kernel(Probe p) {
+  wait_for_previous_kernel();
   moyu::cuda::load_streaming(reinterpret_cast<const uint4*>(p.out + 1), false);
 }
 inline void write_past_end_kernel(Probe p) {
+  wait_for_previous_kernel();
   if (threadIdx.x == 0) p.out[p.n] = 1;
 }
 template <int kValues>
 void warp_sum_kernel(Probe p) {
+  wait_for_previous_kernel();
   float v[kValues];
   for (int i = 0; i < kValues; ++i) v[i] = static_cast<float>(1000 * i + threadIdx.x);
   const float total = moyu::cuda::warp_sum(v);
@@ -116,6 +152,14 @@ inline void check_emulator() {
   check(!same_bits(racing[0], racing[1]), "a missing barrier shows when threads run backwards");
   check(same_bits(safe[0], safe[1]), "with its barrier the same kernel gives the same");
 
+  emulator::config.order = emulator::Order::kGreedy;
+  Buffer<int32_t> hurried(64), held(64);
+  launch("a round ahead", rounds_kernel<false>, 1, 64, nullptr, Probe{hurried.data(), 64});
+  launch("in step", rounds_kernel<true>, 1, 64, nullptr, Probe{held.data(), 64});
+  emulator::config.order = emulator::Order::kForward;
+  check(hurried.read("a round ahead")[63] != 8, "a missing barrier shows when a warp runs ahead");
+  check(held.read("in step")[63] == 8, "with its barrier warps stay in step");
+
   const auto run = [&](auto kernel) {
     return [&, kernel] { launch("t", kernel, 1, 64, nullptr, probe); };
   };
@@ -123,6 +167,8 @@ inline void check_emulator() {
                "a barrier that half of the threads reach");
   check_throws(run(two_barriers_kernel), "divergent barrier", "threads at different barriers");
   check_throws(run(lost_lane_kernel), "threads wait for __ballot_sync", "a ballot without a lane");
+  check_throws(run(never_waits_kernel), "left without waiting", "a kernel that does not wait");
+  check_throws(run(lets_in_first_kernel), "let in before", "the next kernel let in first");
   check_throws(run(misaligned_kernel), "misaligned", "a misaligned load");
   launch("warp", warp_kernel, 1, 128, nullptr, probe);
   check(all_ones(out.read("warp operations")), "the emulator works on after a failed launch");

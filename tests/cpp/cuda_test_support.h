@@ -255,7 +255,8 @@ template <typename F>
 auto repeated(const std::string& what, F&& f) {
   auto first = f();
 #if defined(MOYU_CUDA_EMULATOR)
-  for (auto order : {emulator::Order::kBackward, emulator::Order::kShuffled}) {
+  for (auto order :
+       {emulator::Order::kBackward, emulator::Order::kShuffled, emulator::Order::kGreedy}) {
     emulator::config.order = order;
     check(same_bits(first, f()), what + ": a race: the result depends on the order of threads");
   }
@@ -278,9 +279,11 @@ struct OnDevice {
   Buffer<float> workspace;
   moyu::Mlp mlp;
 
-  explicit OnDevice(const Problem<T>& p)
-      : x(p.x), gate(p.gate), up(p.up), down_t(p.down_t), gate_bias(p.gate_bias),
-        up_bias(p.up_bias), down_bias(p.down_bias), out(p.rows * p.d),
+  // misaligned: of x, gate, up, down_t the one (1 to 4) that starts between two 16-byte words.
+  explicit OnDevice(const Problem<T>& p, int misaligned = 0)
+      : x(p.x, misaligned == 1), gate(p.gate, misaligned == 2), up(p.up, misaligned == 3),
+        down_t(p.down_t, misaligned == 4), gate_bias(p.gate_bias), up_bias(p.up_bias),
+        down_bias(p.down_bias), out(p.rows * p.d),
         workspace(moyu::cuda::workspace_floats(p.rows, p.d, p.f)) {
     mlp = {x.data(),
            or_null(gate, p.gated),

@@ -56,6 +56,57 @@ void test_threshold_compact(const std::string& isa) {
   compact_case(odd, 1, 0.0f, isa);
 }
 
+// ---- rounding to the output's type ----
+
+// One neuron with weights of 1 and a value that float16 or bfloat16 rounds in its own way; the bits
+// that must come out in every column, in vectors and behind them.
+template <class T>
+void rounding_case(float value, uint16_t bits, const std::string& isa) {
+  constexpr int64_t d = 37;
+  const Buffer<T> weight(std::vector<T>(d, rounded<T>(1.0))), out(d);
+  const Buffer<float> values(std::vector<float>{value}), workspace = workspace_for(1, d);
+  const Buffer<int32_t> indices(std::vector<int32_t>{0}), count(std::vector<int32_t>{1});
+  cpu::gather_gemv_t(values.data(), weight.data(), nullptr, indices.data(), count.data(),
+                     out.data(), 1, d, 1, Format<T>::dtype, workspace.data());
+  const std::string what = isa + " rounds " + std::to_string(value) + " to " + std::to_string(bits);
+  bool right = true;
+  for (T v : out.read(what)) right &= v.bits == bits;
+  check(right, what);
+}
+
+template <class T>
+void nan_case(uint32_t bits, const std::string& isa) {
+  constexpr int64_t d = 37;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  const Buffer<T> weight(std::vector<T>(d, rounded<T>(1.0))), out(d);
+  const Buffer<float> values(std::vector<float>{value}), workspace = workspace_for(1, d);
+  const Buffer<int32_t> indices(std::vector<int32_t>{0}), count(std::vector<int32_t>{1});
+  cpu::gather_gemv_t(values.data(), weight.data(), nullptr, indices.data(), count.data(),
+                     out.data(), 1, d, 1, Format<T>::dtype, workspace.data());
+  bool nan = true;
+  for (T v : out.read(isa)) nan &= std::isnan(value_of(v));
+  check(nan, isa + " a NaN stays one, whatever its bits: " + std::to_string(bits));
+}
+
+void test_rounding(const std::string& isa) {
+  rounding_case<Half>(65519.0f, 0x7bff, isa);
+  rounding_case<Half>(65520.0f, 0x7c00, isa);  // the first to be an infinity
+  rounding_case<Half>(-1e30f, 0xfc00, isa);
+  rounding_case<Half>(kInf, 0x7c00, isa);
+  rounding_case<Half>(1 + 0x1p-11f, 0x3c00, isa);
+  rounding_case<Half>(1 + 3 * 0x1p-11f, 0x3c02, isa);
+  rounding_case<Half>(0x1.8p-24f, 0x0002, isa);
+  rounding_case<Bf16>(1 + 0x1p-8f, 0x3f80, isa);
+  rounding_case<Bf16>(1 + 3 * 0x1p-8f, 0x3f82, isa);
+  rounding_case<Bf16>(3.4028235e38f, 0x7f80, isa);
+  rounding_case<Bf16>(-kInf, 0xff80, isa);
+  for (uint32_t bits : {0x7fc00000u, 0x7f800001u, 0x7fffffffu, 0xffffffffu}) {
+    nan_case<Half>(bits, isa);
+    nan_case<Bf16>(bits, isa);
+  }
+}
+
 // ---- The other operators. A case is made once, with its expected result, and run on each
 // ---- instruction set and number of threads.
 
@@ -299,6 +350,7 @@ int main() {
     for (int threads : {1, 3}) {
       omp_set_num_threads(threads);
       test::test_threshold_compact(isa);
+      test::test_rounding(isa);
       test::test_nan_and_extremes(isa);
     }
   }

@@ -167,6 +167,50 @@ void shadow_case(int64_t rows, int64_t d, int64_t f, int bits_gate, int bits_up,
   workspace.read(what + ": workspace");
 }
 
+// Row 0 has an infinity: no estimate of it is a number. Row 1 is so large that exp of a gate would
+// overflow, row 2 so small that its step is subnormal: what is right there is known to half a step.
+void special_case(const std::string& isa) {
+  constexpr int64_t rows = 3, d = 257, f = 40;
+  const Problem<float> p(rows, d, f, true, false, Activation::kSilu);
+  std::vector<float> x = p.x;
+  x[3] = std::numeric_limits<float>::infinity();
+  for (int64_t j = 0; j < d; ++j) {
+    x[d + j] *= 1e4f;
+    x[2 * d + j] = (j % 2 ? -190 : 190) * 0x1p-149f;
+  }
+  const Records records = make_records(d, f, 2, 2);
+  const Buffer<uint8_t> bytes(records.bytes);
+  const Buffer<float> norms(std::vector<float>(f, 1.0f)), scores(rows * f), given(x);
+  const Buffer<float> workspace(cpu::shadow_workspace_floats(rows, d, f));
+  const Arguments<float> a(p);
+  Mlp mlp = a.mlp;
+  mlp.x = given.data();
+  cpu::shadow_scores(mlp, {bytes.data(), norms.data(), 2, 2}, scores.data(), workspace.data());
+  const auto got = scores.read(isa + " special");
+  bool nan = true, large = true, small = true;
+  const std::vector<float> middle(x.begin() + d, x.begin() + 2 * d);
+  const auto gate = estimates(records.gate, middle, {}, 1, d, f);
+  const auto up = estimates(records.up, middle, {}, 1, d, f);
+  int beyond = 0;
+  for (int64_t i = 0; i < f; ++i) {
+    nan &= std::isnan(got[i]);
+    const double g = gate[i].value, u = std::fabs(up[i].value);
+    beyond += g < -100;
+    const double right = g > 0 ? g * u : 0;  // silu is the identity or nothing out there
+    const double allowed = gate[i].error * u + up[i].error * std::fabs(g) + 1e-5 * right + 1e-6 * u;
+    large &= std::fabs(g) < 100 || std::fabs(got[f + i] - right) <= allowed;
+    small &= std::isfinite(got[2 * f + i]);
+  }
+  check(nan, isa + " an infinity in x makes every estimate of its row a NaN");
+  check(large && beyond > 0, isa + " gates whose exp would overflow");
+  check(small, isa + " a subnormal step");
+  const Buffer<int32_t> counts(rows);
+  const Buffer<float> eps(std::vector<float>{1e30f});
+  cpu::shadow_mlp(mlp, {bytes.data(), norms.data(), 2, 2}, eps.data(), 0, counts.data(),
+                  workspace.data());
+  check(counts.read(isa)[0] == f && counts.read(isa)[2] == 0, isa + " a NaN estimate is active");
+}
+
 }  // namespace
 
 void test_shadow(const std::vector<std::string>& isas) {
@@ -176,6 +220,7 @@ void test_shadow(const std::vector<std::string>& isas) {
     for (int threads : {1, 3}) {
       omp_set_num_threads(threads);
       const std::string where = isa + ", " + std::to_string(threads) + " threads,";
+      special_case(where);
       for (const auto& [rows, d, f] : sizes)
         for (int bits = 1; bits <= 4; ++bits) {
           shadow_case<float>(rows, d, f, bits, 5 - bits, false, Activation::kSilu, where);

@@ -167,28 +167,30 @@ void test_gathers() {
 
 // ---- sparse_mlp ----
 
-enum class Set { kAll, kHalf, kNone, kOne, kTooMany, kBadIndices };
+enum class Set { kAll, kHalf, kNone, kOne, kTooMany, kOverCapacity, kBadIndices };
 
 template <typename T>
-void sparse_case(const Problem<T>& p, Set kind, bool masked) {
+void sparse_case(const Problem<T>& p, Set kind, bool masked, int misaligned = 0) {
   const int64_t f = p.f;
   const std::string what =
       std::string("sparse_mlp ") + type_name<T>() + " rows " + p.rows + " d " + p.d + " f " + f +
       " set " + static_cast<int>(kind) + (p.gated ? " gated" : "") + (p.biased ? " biased" : "") +
       (masked ? " masked" : "") + " activation " + static_cast<int>(p.activation);
-  const int64_t used = kind == Set::kNone   ? 0
-                       : kind == Set::kOne  ? 1
-                       : kind == Set::kHalf ? f / 2
-                                            : f;
+  const int64_t used = kind == Set::kNone                                 ? 0
+                       : kind == Set::kOne                                ? 1
+                       : kind == Set::kHalf || kind == Set::kOverCapacity ? f / 2
+                                                                          : f;
   auto list = some_neurons(f, used);
   // A buffer of just the size needed is fine too, and nothing behind it may be read.
-  const int64_t capacity = kind == Set::kHalf ? used : f;
+  const int64_t capacity = kind == Set::kHalf || kind == Set::kOverCapacity ? used : f;
   list.resize(capacity, 0);
   if (kind == Set::kBadIndices) list[0] = -5, list[f - 1] = static_cast<int32_t>(f);
   std::vector<uint8_t> mask(p.rows * f, 1);
   for (auto& m : mask) m = !masked || random_bits() % 3 != 0;
-  const int32_t stored = kind == Set::kTooMany ? 2000000000 : static_cast<int32_t>(used);
-  OnDevice<T> device(p);
+  const int32_t stored = kind == Set::kTooMany        ? 2000000000
+                         : kind == Set::kOverCapacity ? static_cast<int32_t>(used + 1)
+                                                      : static_cast<int32_t>(used);
+  OnDevice<T> device(p, misaligned);
   Buffer<int32_t> indices(list), count(std::vector<int32_t>{stored});
   Buffer<uint8_t> row_mask(mask);
   ActiveSet set{indices.data(), count.data(), or_null(row_mask, masked)};
@@ -211,12 +213,15 @@ void test_sparse_mlp() {
   for (int64_t rows = 1; rows <= 9; ++rows)
     sparse_case(Problem<T>(rows, rows % 2 == 0 ? 111 : 128, 43, rows % 3 != 0, rows % 4 < 2),
                 Set::kHalf, rows > 1);
-  for (auto kind : {Set::kAll, Set::kNone, Set::kOne, Set::kTooMany, Set::kBadIndices}) {
+  for (auto kind :
+       {Set::kAll, Set::kNone, Set::kOne, Set::kTooMany, Set::kOverCapacity, Set::kBadIndices}) {
     sparse_case(Problem<T>(1, 64, 111, true, true), kind, false);
     sparse_case(Problem<T>(3, 19, 70, false, false), kind, true);
   }
   for (auto [d, f] : {std::pair<int64_t, int64_t>{1, 1}, {19, 989}, {989, 19}, {2312, 40}})
     sparse_case(Problem<T>(1, d, f), Set::kAll, false);
+  for (int misaligned = 1; misaligned <= 4; ++misaligned)
+    sparse_case(Problem<T>(2, 128, 43, true), Set::kHalf, false, misaligned);
   for (auto activation :
        {Activation::kGelu, Activation::kGeluTanh, Activation::kRelu, Activation::kRelu2}) {
     sparse_case(Problem<T>(2, 64, 43, true, true, activation), Set::kHalf, false);

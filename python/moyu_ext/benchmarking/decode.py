@@ -27,6 +27,7 @@ from .rows import Row, make_row, quantile
 
 DENSE_IMPL = "transformers eager"
 PROJECTIONS = "+projections"  # behind a method's name, in rows and tables
+ROWS = ("decode", "decode-mlp", "prefill")  # of each side: a step, its MLPs alone, the prompt
 _SAMPLES = 4  # of the read bandwidth before each run
 _CLOCKED = 2  # steps per run in which the MLPs are timed
 
@@ -66,20 +67,15 @@ class Side:
         return name + PROJECTIONS * self.projections
 
     @property
-    def mlp_us(self) -> float:
-        """Median time of all MLPs in a decode step."""
-        return quantile(self.mlp, 0.5)
-
-    @property
     def mlp_share(self) -> float:
         """The MLPs' part of a decode step's time."""
-        return self.mlp_us / quantile(self.clocked, 0.5)
+        return quantile(self.mlp, 0.5) / quantile(self.clocked, 0.5)
 
 
 @dataclass(frozen=True)
 class DecodeResult:
-    """rows: a decode and a prefill row per side; sides: the unpatched model first; GB/s by reader;
-    bytes of the model and of one W_down; seconds to build the model; warnings."""
+    """rows per side: a decode step, its MLPs alone, the prompt; sides: the unpatched model first;
+    GB/s by reader; bytes of the model and of one W_down; seconds to build the model; warnings."""
 
     rows: list[Row]
     machine: Machine
@@ -98,9 +94,7 @@ class DecodeResult:
                 "projections": side.projections,
                 "density": side.density,
                 "first_step_us": quantile(side.choose, 0.5),
-                "mlp_us": side.mlp_us,
                 "mlp_share": side.mlp_share,
-                "mlp_speedup_vs_dense": self.sides[0].mlp_us / side.mlp_us,
                 "patch_seconds": side.patch_seconds,
                 "patch_peak_bytes": side.patch_peak_bytes,
                 "patch_lasting_bytes": side.patch_lasting_bytes,
@@ -190,7 +184,7 @@ def measure_decode(
         rows += [
             make_row(
                 **common,
-                name="decode",
+                name=ROWS[0],
                 plan=side.plan,
                 rows=1,
                 density=side.density,
@@ -201,7 +195,18 @@ def measure_decode(
             ),
             make_row(
                 **common,
-                name="prefill",
+                name=ROWS[1],
+                plan=side.plan,
+                rows=1,
+                density=side.density,
+                microseconds=side.mlp,
+                dense_microseconds=sides[0].mlp,
+                bytes=runner.mlp_bytes(side.plan, side.density) + side.shadow_bytes,
+                max_rel_err=side.error,
+            ),
+            make_row(
+                **common,
+                name=ROWS[2],
                 plan="dense",
                 rows=prompt_tokens,
                 density=1.0,
@@ -312,9 +317,12 @@ class _Runner:
         table = self.model.get_input_embeddings().weight  # type: ignore[operator]
         if table is not self.model.get_output_embeddings().weight:  # type: ignore[operator]
             total -= table.numel() * table.element_size()
+        return total - self.mlp_bytes("dense", 1.0) + self.mlp_bytes(plan, density)
+
+    def mlp_bytes(self, plan: str, density: float) -> int:
+        """Those of them that are the MLPs'."""
+        total = 0
         for site in self.sites:
-            gated = site.family.gate is not None
-            skipped = mlp_neurons("dense", site.f, site.f, gated)
-            skipped -= mlp_neurons(plan, density * site.f, site.f, gated)
-            total -= round(skipped * site.d) * table.element_size()
+            count = mlp_neurons(plan, density * site.f, site.f, site.family.gate is not None)
+            total += round(count * site.d) * site.weights().up.element_size()
         return total

@@ -170,6 +170,7 @@ def decode(
     Example: moyu bench decode -g llama-2-7b --layers 4 -m qrida -m srida -d 0.33 --projections
     """
     from ..benchmarking import measure_decode, method_at
+    from ..benchmarking.decode import ROWS
 
     _check_files(csv, json)
     methods = [
@@ -192,7 +193,7 @@ def decode(
             progress=lambda done, total, text: step(text, done, total),
         )
     _print_machine(result.machine, result.bandwidth_by_reader, result.warnings)
-    labels = [f"{name} {side.label}" for side in result.sides for name in ("decode", "prefill")]
+    labels = [f"{name} {side.label}" for side in result.sides for name in ROWS]
     _print_rows(f"{geometry}, {dtype}, built in {result.build_seconds:.0f} s", labels, result.rows)
     _print_sides(result.sides, result.model_bytes, result.down_bytes)
     _save(csv, json, "bench decode", result)
@@ -243,15 +244,13 @@ def _print_rows(title: str, labels: list[str], rows: list[Row]) -> None:
 def _print_sides(sides: list[Side], model_bytes: int, down_bytes: int) -> None:
     table = _table(
         f"patch (the model {model_bytes / 1e9:.2f} GB, one W_down {down_bytes / 1e6:.1f} MB)",
-        *("", "density", "MLPs ms", "of token", "vs dense", "peak MB", "lasting MB", "seconds"),
+        *("", "density", "MLPs of token", "peak MB", "lasting MB", "seconds"),
     )
     for side in sides:
         table.add_row(
             side.label,
             f"{side.density:.3f}",
-            f"{side.mlp_us / 1e3:.2f}",
             f"{side.mlp_share:.0%}",
-            f"{sides[0].mlp_us / side.mlp_us:.2f}x",
             _megabytes(side.patch_peak_bytes),
             _megabytes(side.patch_lasting_bytes),
             "" if side.method is None else f"{side.patch_seconds:.1f}",

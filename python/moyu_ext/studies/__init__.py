@@ -35,6 +35,7 @@ STUDIES: dict[str, Study] = {
         Study("history", "history", "Weight importance and history", "eq. 7-10, section 3.2.1"),
         Study("inertia", "inertia", "Activation inertia", "section 3.2.2, Figures 1-4"),
         Study("heavy-hitters", "heavy_hitters", "Heavy hitters", "section 3.2.2, Table 5"),
+        Study("prompt-length", "prompt_length", "Shorter prompts", "section 4.4, Table 4"),
         Study("tables", "tables", "The paper's tables", "Tables 1-5"),
         Study("qrida", "qrida", "A router made of the weights", "beyond the paper"),
         Study("qrida-bytes", "qrida_bytes", "What the bytes buy", "beyond the paper"),

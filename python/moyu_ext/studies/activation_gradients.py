@@ -137,23 +137,14 @@ def _report(setting: Setting, report: Report, found: dict[str, dict[str, Any]], 
                 "where y is drawn from the model's own distribution, the expected gradient of "
                 "positive activations is zero (this project's prediction, not the paper's)",
                 text,
-                [name for name, m in signs.items() if m.sign == 0],
-                signs,
+                {name: -1 if m.sign else 1 for name, m in signs.items()},
             )
             continue
-        held = [name for name, m in signs.items() if m.sign > 0]
-        verdict, condition = "fails", ""
-        if held:
-            verdict = "holds" if len(held) == len(signs) else "holds only if"
-            condition = "" if verdict == "holds" else f"the model is {' or '.join(held)}"
-        elif all(m.sign == 0 for m in signs.values()):
-            verdict, condition = "open", "at this size no sign can be told from zero"
-        report.claim(
+        report.judged(
             "section 3.1",
             f"in a language model ({state}) the mean gradient of positive activations is positive",
             text,
-            verdict,
-            condition,
+            {name: m.sign for name, m in signs.items()},
         )
     report.table(
         "Gradient of the language-model loss for the activations of real models",

@@ -5,132 +5,42 @@ As in H2O (arXiv 2306.14048) a token's score is the attention it receives, summe
 heads and layers; here per text, over its context. Early tokens are seen by more queries, so the
 mean over queries is a second score. A removed token is masked from the attention of every later
 token in every layer. Compared is the removal of as many random tokens, and of the tokens where
-another text has its heavy hitters, since position alone matters. The text's first token is kept,
-except where it is removed on purpose: attention sinks there in many models.
+another text has its heavy hitters by the same score, since position alone matters. The text's
+first token is kept, except where it is removed on purpose: attention sinks there in many models.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import UnsupportedModelError
-from ..evaluation.statistics import bootstrap, jaccard, sign_flip_p, spearman
+from ..evaluation.statistics import bootstrap, jaccard, sign_flip_p, sign_of, spearman
 from ..methods.base import Method
 from ..methods.dense import Dense
 from ..methods.qrida import QRIDA
 from ..methods.srida import SRIDA
 from ..methods.stda import STDA
 from ..methods.tda import TDA
-from ..patching.patch import patch, scoring, unpatch
-from ..patching.patch import report as density_report
-from .activity import active, mask_arguments, neuron_norms
+from .activity import active, neuron_norms
+from .attention import chosen_tokens, losses, mask_without, per_query, received_attention
 from .report import Report
 from .setting import Setting, Subject
 
 BUDGETS = (0.1, 0.2)  # share of the context's tokens that are removed
-REMOVALS = ("heavy", "heavy per query", "random", "other's places")
-OTHERS = ("random tokens", "tokens in like places")  # the last two removals, in words
+HEAVY = {"heavy": "H2O's sum", "heavy per query": "mean attention per query"}
+# By kind of heavy hitters: what they are compared with, in words.
+CONTROLS = {
+    kind: {"random": "random tokens", f"places of {kind}": "tokens in like places"}
+    for kind in HEAVY
+}
+REMOVALS = (*HEAVY, "random", *(f"places of {kind}" for kind in HEAVY))
 SPARSE = ("TDA", "sTDA", "sRIDA")
-_ROWS = 8
+ORDER = (("TDA", "sTDA"), ("sTDA", "sRIDA"))  # who loses more, by the paper
+MATTERS = 0.1  # a rank correlation
 Pick = Callable[[dict[str, Any]], dict[str, dict[str, float]]]
-
-
-@contextmanager
-def eager_attention(model: Any) -> Iterator[None]:
-    """Within the block the model computes attention weights that it can return."""
-    before = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    try:
-        model.set_attn_implementation("eager")
-    except (AttributeError, ValueError) as error:
-        raise UnsupportedModelError(
-            f"heavy-hitters needs attention weights, but {type(model).__name__} has no eager "
-            f"attention ({error}); use a model whose attention transformers can compute eagerly"
-        ) from error
-    try:
-        yield
-    finally:
-        if before is not None:
-            model.set_attn_implementation(before)
-
-
-def received_attention(model: Any, rows: Tensor) -> Tensor:
-    """Attention that each token receives from all later ones and itself, [rows, length] float64,
-    summed over queries and meaned over heads and layers.
-
-    Raises UnsupportedModelError where the model returns no attention weights.
-    """
-    parts = []
-    with eager_attention(model), torch.no_grad():
-        for batch in rows.split(_ROWS):
-            output = model(input_ids=batch, use_cache=False, output_attentions=True)
-            weights = getattr(output, "attentions", None)
-            if not weights or any(w is None for w in weights):
-                raise UnsupportedModelError(
-                    f"heavy-hitters needs attention weights, but {type(model).__name__} returned "
-                    "none; use a model with softmax attention in every layer"
-                )
-            parts.append(torch.stack([w.double().mean(1) for w in weights]).mean(0).sum(1))
-    return torch.cat(parts)
-
-
-def per_query(scores: Tensor) -> Tensor:
-    """The mean over the queries that could see a token, from their sum [rows, length]."""
-    return scores / torch.arange(scores.shape[1], 0, -1, dtype=torch.float64)
-
-
-def chosen_tokens(scores: Tensor, budget: float, kind: str, generator: torch.Generator) -> Tensor:
-    """Which tokens of the context are removed: bool [rows, context], the first one never.
-
-    kind: "heavy" (largest sum of attention), "heavy per query" (largest mean), "random", or
-    "other's places" (where the text before has its "heavy" ones).
-    """
-    if kind == "other's places":
-        return chosen_tokens(scores, budget, "heavy", generator).roll(1, 0)
-    count = max(1, round(budget * scores.shape[1]))
-    if kind == "random":
-        keys = torch.rand(scores.shape, generator=generator, dtype=torch.float64)
-    else:
-        keys = scores.clone() if kind == "heavy" else per_query(scores)
-    keys[:, 0] = -torch.inf
-    order = keys.sort(dim=1, descending=True, stable=True).indices[:, :count]
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, True)
-
-
-def mask_without(removed: Tensor, length: int) -> Tensor:
-    """Additive causal mask [rows, 1, length, length] in which only a removed token sees itself."""
-    rows, context = removed.shape
-    gone = F.pad(removed, (0, length - context))
-    allowed = torch.ones(length, length, dtype=torch.bool).tril()
-    seen = allowed & ~gone.view(rows, 1, 1, length)
-    seen |= torch.eye(length, dtype=torch.bool)
-    return torch.where(seen, 0.0, torch.finfo(torch.float32).min)
-
-
-def losses(
-    subject: Subject, method: Method, rows: Tensor, context: int, mask: Tensor | None
-) -> tuple[Tensor, float]:
-    """Mean loss of each row's continuation under the method, [rows] float64, and its density."""
-    patch(subject.model, method)
-    parts = []
-    try:
-        with torch.no_grad(), scoring(subject.model, context):
-            for start in range(0, len(rows), _ROWS):
-                batch = rows[start : start + _ROWS]
-                extra = mask_arguments(mask, slice(start, start + _ROWS))
-                logits = subject.model(input_ids=batch, **extra).logits[:, context - 1 : -1]
-                loss = F.cross_entropy(
-                    logits.float().flatten(0, 1), batch[:, context:].flatten(), reduction="none"
-                )
-                parts.append(loss.view(len(batch), -1).double().mean(1))
-        return torch.cat(parts), density_report(subject.model).density
-    finally:
-        unpatch(subject.model)
 
 
 def run(setting: Setting, report: Report) -> None:
@@ -152,11 +62,12 @@ def run(setting: Setting, report: Report) -> None:
 
 def _where(setting: Setting, subject: Subject, rows: Tensor, scores: Tensor) -> dict[str, Any]:
     """What the heavy hitters are: position, token, or meaning?"""
-    order = torch.rand(rows[:, 1:].shape, generator=setting.generator(2)).argsort(1)
-    shuffled = torch.cat([rows[:, :1], rows[:, 1:].gather(1, order)], 1)
-    again = per_query(received_attention(subject.model, shuffled))[:, 1:]
     mean = per_query(scores)[:, 1:]
     tokens = rows[:, 1:]
+    # Of the same occurrences of tokens, in two orders that are as meaningless as one another.
+    shuffles = [_shuffled(subject, rows, setting.generator(2 + k)) for k in range(2)]
+    of_text = spearman(mean, shuffles[0])
+    of_shuffle = spearman(shuffles[1], shuffles[0])
     of_token = torch.zeros_like(mean)
     for token in tokens.unique():
         of_token[tokens == token] = mean[tokens == token].mean()
@@ -168,10 +79,9 @@ def _where(setting: Setting, subject: Subject, rows: Tensor, scores: Tensor) -> 
     common = values[counts.argsort(dim=0, descending=True, stable=True)][:10].tolist()
     return {
         "attention of the first token": (scores[:, 0] / rows.shape[1]).mean().item(),
-        # The same occurrence of a token, before and after the shuffle.
-        "rank correlation with itself in the shuffled text": vars(
-            bootstrap(spearman(mean.gather(1, order), again), setting.seed)
-        ),
+        "rank correlation with itself in the shuffled text": vars(bootstrap(of_text, setting.seed)),
+        "rank correlation of two shuffles": vars(bootstrap(of_shuffle, setting.seed)),
+        "lost to meaning": vars(bootstrap(of_shuffle - of_text, setting.seed)),
         "rank correlation with position": spearman(mean, position).mean().item(),
         "rank correlation with the token's own mean": spearman(mean, of_token).mean().item(),
         "sum: rank correlation with position": spearman(scores[:, 1:], position).mean().item(),
@@ -179,6 +89,15 @@ def _where(setting: Setting, subject: Subject, rows: Tensor, scores: Tensor) -> 
         "punctuation among all": wordless[tokens].double().mean().item(),
         "most frequent heavy per query": [names[token] for token in common],
     }
+
+
+def _shuffled(subject: Subject, rows: Tensor, generator: torch.Generator) -> Tensor:
+    """Attention per query of each token behind the first when their order is drawn, given back in
+    the order of the text."""
+    order = torch.rand(rows[:, 1:].shape, generator=generator).argsort(1)
+    shuffled = torch.cat([rows[:, :1], rows[:, 1:].gather(1, order)], 1)
+    found = per_query(received_attention(subject.model, shuffled))[:, 1:]
+    return torch.zeros_like(found).scatter_(1, order, found)
 
 
 def _sets(setting: Setting, subject: Subject, rows: Tensor, scores: Tensor) -> dict[str, Any]:
@@ -202,11 +121,12 @@ def _sets(setting: Setting, subject: Subject, rows: Tensor, scores: Tensor) -> d
     found["none"] = {
         "overlap of neighbours": jaccard(before[:, :, 1:-1], before[:, :, 2:]).mean().item()
     }
-    for other in REMOVALS[2:]:
-        gap = shift["heavy"] - shift[other]
-        found[f"heavy over {other}"] = vars(bootstrap(gap, setting.seed)) | {
-            "p": sign_flip_p(gap, setting.seed)
-        }
+    for kind, controls in CONTROLS.items():
+        for other in controls:
+            gap = shift[kind] - shift[other]
+            found[f"{kind} over {other}"] = vars(bootstrap(gap, setting.seed)) | {
+                "p": sign_flip_p(gap, setting.seed)
+            }
     return found
 
 
@@ -223,6 +143,7 @@ def _quality(
         "qRIDA": QRIDA(0.33),
     }
     found: dict[str, Any] = {}
+    worst: dict[str, Tensor] = {}  # each method's rise when H2O's heavy hitters go
     for name, method in methods.items():
         whole, density = losses(subject, method, rows, context, None)
         rise: dict[str, Any] = {"density": density, "loss": whole.mean().item()}
@@ -233,10 +154,10 @@ def _quality(
                 mask = mask_without(removed, rows.shape[1])
                 gaps[kind] = losses(subject, method, rows, context, mask)[0] - whole
                 rise[f"{kind} {budget}"] = gaps[kind]
-            for other in REMOVALS[2:]:
-                for kind in REMOVALS[:2]:
+            for kind, controls in CONTROLS.items():
+                for other in controls:
                     rise[f"{kind} over {other} {budget}"] = gaps[kind] - gaps[other]
-        found[name] = rise
+            worst[name] = gaps["heavy"]
         first = torch.zeros_like(scores, dtype=torch.bool)
         first[:, 0] = True
         mask = mask_without(first, rows.shape[1])
@@ -247,6 +168,9 @@ def _quality(
             else value
             for key, value in rise.items()
         }
+    for more, less in ORDER:
+        gap = worst[more] - worst[less]
+        found[more][f"over {less}"] = vars(bootstrap(gap, setting.seed))
     return found
 
 
@@ -293,22 +217,22 @@ def _report(report: Report, context: int) -> None:
             ax.set_title(model, fontsize=9)
         axes[0].set_ylabel("rise of loss, nats per token")
         axes[-1].legend(fontsize=7)
-    for kind, rank in zip(REMOVALS[:2], ("H2O's sum", "mean attention per query"), strict=True):
-        for other, what in zip(REMOVALS[2:], OTHERS, strict=True):
+    for kind, rank in HEAVY.items():
+        for other, what in CONTROLS[kind].items():
             _claim(
                 report,
                 "section 4.4, Table 5",
                 f"removing heavy hitters (by {rank}) hurts the methods more than removing {what}",
                 _quality_of(f"{kind} over {other} {budget}"),
-                lambda found: all(m["low"] > 0 for m in found.values()),
+                _all,
                 f"rise of loss, {kind} less {other}, {budget:.0%} removed: ",
             )
     _claim(
         report,
         "section 4.4, Table 5",
         "TDA suffers most from the removal and sRIDA least",
-        lambda numbers: {m: numbers["quality"][m][f"heavy {budget}"] for m in SPARSE},
-        lambda found: found["TDA"]["mean"] > found["sTDA"]["mean"] > found["sRIDA"]["mean"],
+        lambda numbers: {f"{a} less {b}": numbers["quality"][a][f"over {b}"] for a, b in ORDER},
+        _all,
         f"rise of loss, {budget:.0%} heavy hitters removed: ",
     )
 
@@ -332,10 +256,14 @@ def _where_report(report: Report) -> None:
         report,
         "section 3.2.2",
         "whether a token is a heavy hitter is not a matter of meaning",
-        lambda n: {"shuffled": n["where"]["rank correlation with itself in the shuffled text"]},
-        lambda found: found["shuffled"]["low"] > 0.8,
-        "rank correlation of a token's attention with its own after shuffling the text (at least "
-        "0.8 counts as irrelevant to meaning): ",
+        lambda n: {
+            "text and shuffle": n["where"]["rank correlation with itself in the shuffled text"],
+            "two shuffles": n["where"]["rank correlation of two shuffles"],
+            "difference": n["where"]["lost to meaning"],
+        },
+        lambda found: _within(found["difference"]),
+        f"rank correlation of tokens' attention in two orders of the text (a difference below "
+        f"{MATTERS} counts as no matter of meaning): ",
     )
 
 
@@ -351,15 +279,27 @@ def _sets_report(report: Report) -> None:
             for model, n in report.numbers.items()
         ],
     )
-    for other, what in zip(REMOVALS[2:], OTHERS, strict=True):
-        _claim(
-            report,
-            "section 3.2.2",
-            f"heavy hitters decide the activation pattern more than {what}",
-            _shift_of(f"heavy over {other}"),
-            lambda found: found["difference"]["low"] > 0,
-            f"shift of active sets, heavy hitters less {other} removed: ",
-        )
+    for kind, rank in HEAVY.items():
+        for other, what in CONTROLS[kind].items():
+            _claim(
+                report,
+                "section 3.2.2",
+                f"heavy hitters (by {rank}) decide the activation pattern more than {what}",
+                _shift_of(f"{kind} over {other}"),
+                _all,
+                f"shift of active sets, {kind} less {other} removed: ",
+            )
+
+
+def _all(found: dict[str, dict[str, float]]) -> int:
+    """+1 where every interval is above zero, -1 where one is below, else 0."""
+    signs = {sign_of(m) for m in found.values()}
+    return 1 if signs == {1} else -1 if -1 in signs else 0
+
+
+def _within(m: dict[str, float]) -> int:
+    """+1 where the interval lies below `MATTERS`, -1 where it lies above, else 0."""
+    return 1 if m["high"] < MATTERS else -1 if m["low"] > MATTERS else 0
 
 
 def _claim(
@@ -367,17 +307,16 @@ def _claim(
     source: str,
     claim: str,
     pick: Pick,
-    holds: Callable[[dict[str, dict[str, float]]], bool],
+    sign: Callable[[dict[str, dict[str, float]]], int],
     prefix: str,
 ) -> None:
     """A claim judged model by model."""
     found = {model: pick(numbers) for model, numbers in report.numbers.items()}
-    held = [model for model, values in found.items() if holds(values)]
     text = "; ".join(
         f"{model} " + ", ".join(f"{name} {_cell(value)}" for name, value in values.items())
         for model, values in found.items()
     )
-    report.judged(source, claim, prefix + text, held, found)
+    report.judged(source, claim, prefix + text, {m: sign(values) for m, values in found.items()})
 
 
 def _cell(value: Any) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..evaluation.statistics import bootstrap, sign_flip_p
+from ..evaluation.statistics import bootstrap, sign_flip_p, sign_of
 from .activity import active, neuron_norms, strongest, typical_size
 from .inertia_distance import across_distance
 from .inertia_meaning import across_meaning
@@ -163,9 +163,6 @@ def _focus_claims(report: Report, names: list[str]) -> None:
     for key, claim in CLAIMS:
         for name, direction, unit in READINGS:
             found = {n: report.numbers[n]["focus"][f"{name}, {key}"] for n in names}
-            held = [
-                n for n, m in found.items() if min(direction * m["low"], direction * m["high"]) > 0
-            ]
             report.judged(
                 "Figures 1-4",
                 claim.format("more alike sets" if direction > 0 else "fewer neurons"),
@@ -174,6 +171,5 @@ def _focus_claims(report: Report, names: list[str]) -> None:
                     f"{n} {m['mean']:+.3f} [{m['low']:+.3f}, {m['high']:+.3f}] (p = {m['p']:.2g})"
                     for n, m in found.items()
                 ),
-                held,
-                found,
+                {n: direction * sign_of(m) for n, m in found.items()},
             )

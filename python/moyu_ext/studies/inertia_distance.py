@@ -7,7 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
-from ..evaluation.statistics import bootstrap, covered, jaccard, sign_flip_p, top_mask
+from ..evaluation.statistics import (
+    bootstrap,
+    covered,
+    jaccard,
+    sign_flip_p,
+    sign_of,
+    top_mask,
+)
 from .activity import active, neuron_norms, prompt_statistic, strongest, typical_size
 from .report import Report
 from .setting import Setting
@@ -113,7 +120,6 @@ def _overlap_report(report: Report, overlaps: dict[str, Any], lags: list[int]) -
         [[name, *m["overlap"], m["of different texts"]] for name, m in overlaps.items()],
     )
     gains = {name: m["next token over other text"] for name, m in overlaps.items()}
-    held = [name for name, m in gains.items() if m["low"] > 0]
     report.judged(
         "section 3.2.2",
         "inertia: consecutive tokens share more active neurons than unrelated ones",
@@ -123,8 +129,7 @@ def _overlap_report(report: Report, overlaps: dict[str, Any], lags: list[int]) -
             f"p = {m['p']:.2g})"
             for name, m in gains.items()
         ),
-        held,
-        gains,
+        {name: sign_of(m) for name, m in gains.items()},
     )
 
 
@@ -159,7 +164,6 @@ def _coverage_report(
         axes[0].legend(fontsize=7)
     half = {name: found[f"prompt {SIZES[-1]}"]["all"] for name, found in coverage.items()}
     gains = {name: found[f"gain {SIZES[-1]}"] for name, found in coverage.items()}
-    good = [name for name, share in half.items() if share >= 0.9]
     report.judged(
         "section 3.2.3",
         "the neurons that a prompt uses are those that the text after it needs",
@@ -169,6 +173,5 @@ def _coverage_report(
             f"p = {gains[name]['p']:.2g})"
             for name, share in half.items()
         ),
-        good,
-        half,
+        {name: 1 if share >= 0.9 else -1 for name, share in half.items()},
     )

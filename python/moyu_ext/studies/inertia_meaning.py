@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..calibration.text import encode
-from ..evaluation.statistics import bootstrap, jaccard, permutation_p
+from ..evaluation.statistics import bootstrap, jaccard, sign_flip_p, sign_of
 from .activity import neuron_norms, prompt_statistic, strongest
 from .paraphrases import PAIRS
 from .report import Report
@@ -39,7 +40,7 @@ def pair_overlap(a: Tensor, b: Tensor) -> Tensor:
     return jaccard(a.unsqueeze(2), b.unsqueeze(1)).mean(0)
 
 
-def shared_tokens(a: Tensor, b: Tensor) -> Tensor:
+def shared_tokens(a: Iterable[Tensor], b: Iterable[Tensor]) -> Tensor:
     """Jaccard index of the texts' vocabularies, [rows, rows] float64, first tokens left out."""
     sizes = [[set(row[1:].tolist()) for row in rows] for rows in (a, b)]
     table = [[len(x & y) / max(1, len(x | y)) for y in sizes[1]] for x in sizes[0]]
@@ -70,7 +71,7 @@ def _parts(setting: Setting, subject: Subject) -> dict[str, Any]:
         "different texts": different.mean().item(),
         "own words shuffled": own.mean().item(),
         "gap": vars(bootstrap(pairs[same] - different, setting.seed))
-        | {"p": permutation_p(pairs[same], different, setting.seed)},
+        | {"p": sign_flip_p(pairs[same] - different, setting.seed)},
         "gap beyond shared words": vars(bootstrap(beyond, setting.seed)),
         "shared words, same text": words[same].mean().item(),
         "shared words, different texts": words[~same].mean().item(),
@@ -79,18 +80,21 @@ def _parts(setting: Setting, subject: Subject) -> dict[str, Any]:
 
 def _paraphrases(setting: Setting, subject: Subject) -> dict[str, Any]:
     pairs = PAIRS[: setting.size(len(PAIRS), 6)]
-    statistics = []
+    sets, tokens = [], []
     for side in range(2):
         rows = [torch.tensor([encode(subject.tokenizer, pair[side])]) for pair in pairs]
-        statistics.append(torch.cat([text_sets(subject, row) for row in rows], 1))
-    table = pair_overlap(*statistics)
+        sets.append(torch.cat([text_sets(subject, row) for row in rows], 1))
+        tokens.append([row[0] for row in rows])
+    table, words = pair_overlap(*sets), shared_tokens(*tokens)
     same = torch.eye(len(pairs), dtype=torch.bool)
     different = (table.sum(1) - table[same]) / (len(pairs) - 1)
     return {
         "paraphrases": table[same].mean().item(),
         "unrelated sentences": different.mean().item(),
+        "shared words, paraphrases": words[same].mean().item(),
+        "shared words, unrelated": words[~same].mean().item(),
         "paraphrase gap": vars(bootstrap(table[same] - different, setting.seed))
-        | {"p": permutation_p(table[same], different, setting.seed)},
+        | {"p": sign_flip_p(table[same] - different, setting.seed)},
     }
 
 
@@ -115,7 +119,11 @@ def _report(report: Report, found: dict[str, dict[str, Any]]) -> None:
             ]
             for name, m in found.items()
         ],
-        "Texts are fed separately. Shared words: what the share of common tokens predicts, by a "
+        "Texts are fed separately. Paraphrases share "
+        + ", ".join(f"{m['shared words, paraphrases']:.3f}" for m in found.values())
+        + " of their tokens (Jaccard index), unrelated sentences "
+        + ", ".join(f"{m['shared words, unrelated']:.3f}" for m in found.values())
+        + ". Beyond shared words: what the share of common tokens predicts, by a "
         "line fitted to pairs of different texts, is taken off.",
     )
     with report.figure("meaning", "Overlap of the sets of two texts") as figure:
@@ -127,31 +135,31 @@ def _report(report: Report, found: dict[str, dict[str, Any]]) -> None:
         ax.set_xticks([k + 0.4 - width / 2 for k in range(len(kinds))], kinds, fontsize=8)
         ax.set_ylabel("Jaccard index")
         ax.legend()
-    related = [n for n, m in found.items() if m["gap"]["p"] < 0.01 and m["gap"]["mean"] > 0]
-    beyond = [n for n, m in found.items() if m["gap beyond shared words"]["low"] > 0]
-    free = [name for name in found if name not in related]
     report.judged(
         "section 3.2.2",
         "which neurons a sequence activates is irrelevant to its meaning",
-        "; ".join(
-            f"{name}: parts of one text overlap by {m['same text']:.3f}, of different texts by "
-            f"{m['different texts']:.3f} (p = {m['gap']['p']:.2g}), beyond shared words by "
-            f"{m['gap beyond shared words']['mean']:+.3f}; paraphrases {m['paraphrases']:.3f} "
-            f"against {m['unrelated sentences']:.3f} (p = {m['paraphrase gap']['p']:.2g})"
-            for name, m in found.items()
-        ),
-        free,
-        found,
+        "overlap of paraphrases, which share as few words as unrelated sentences, against the "
+        "latter's: "
+        + "; ".join(
+            f"{n} {m['paraphrases']:.3f} against {m['unrelated sentences']:.3f}, "
+            f"{_text(m['paraphrase gap'])}"
+            for n, m in found.items()
+        )
+        + ". Words weigh more: a text and its own words shuffled "
+        + "; ".join(f"{n} {m['own words shuffled']:.3f}" for n, m in found.items()),
+        {n: -sign_of(m["paraphrase gap"]) for n, m in found.items()},
     )
     report.judged(
         "section 3.2.2",
         "what similar texts share goes beyond their common words",
         "overlap of two parts of a text beyond what common tokens predict: "
         + "; ".join(f"{n} {_text(m['gap beyond shared words'])}" for n, m in found.items())
-        + "; a text and its own words shuffled: "
-        + "; ".join(f"{n} {m['own words shuffled']:.3f}" for n, m in found.items()),
-        beyond,
-        found,
+        + ". Parts of one text overlap by "
+        + "; ".join(
+            f"{n} {m['same text']:.3f}, of different texts by {m['different texts']:.3f}"
+            for n, m in found.items()
+        ),
+        {n: sign_of(m["gap beyond shared words"]) for n, m in found.items()},
     )
 
 

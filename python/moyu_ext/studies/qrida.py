@@ -285,8 +285,7 @@ def _claims(report: Report) -> None:
             "QRIDA, target",
             f"{label}: perplexity at density 0.33 at most {limit:.1%} above dense",
             "; ".join(f"{where} {percent(point)}" for where, point in points.items()),
-            [where for where, point in points.items() if point["increase"] <= limit],
-            points,
+            {at: 1 if point["increase"] <= limit else -1 for at, point in points.items()},
         )
     for label in ("shadow 2 bits", OWN, FITTED):
         recalls = {
@@ -297,8 +296,7 @@ def _claims(report: Report) -> None:
             "QRIDA, target",
             f"{label}: recall of the exact top-k at density 0.33 at least {RECALL}",
             "; ".join(f"{name} {value:.3f}" for name, value in recalls.items()),
-            [name for name, value in recalls.items() if value >= RECALL],
-            recalls,
+            {name: 1 if value >= RECALL else -1 for name, value in recalls.items()},
         )
 
 

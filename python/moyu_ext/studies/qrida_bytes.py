@@ -84,7 +84,11 @@ def _choice(setting: Setting, subject: Subject) -> dict[str, Any]:
         first = text.increase(QRIDA(thresholds, guard="off"))
         layers, mean = text.layers, first["density"]
         places = [min(round(mean * len(s)), len(s) - 1) for s in scores]
-        epsilon = [s[place].item() for s, place in zip(scores, places, strict=True)]
+        # Not 0, which keeps every neuron: fewer have a score than are asked for, with ReLU.
+        epsilon = [
+            max(s[place].item(), s[s > 0].min().item())
+            for s, place in zip(scores, places, strict=True)
+        ]
         arms = {
             LAYERS_ONLY: QRIDA(layers, guard="off"),
             TOKENS_ONLY: QRIDA(thresholds=epsilon, guard="off"),
@@ -193,8 +197,7 @@ def _claims(report: Report) -> None:
             source,
             claim,
             "; ".join(f"{at} {percent(a)} against {percent(b)}" for at, (a, b) in pairs.items()),
-            [at for at, (a, b) in pairs.items() if a["increase"] + a["error"] < b["increase"]],
-            pairs,
+            {at: _lower(a, b) for at, (a, b) in pairs.items()},
         )
     ratios = {}
     for name, found in report.numbers.items():
@@ -208,6 +211,13 @@ def _claims(report: Report) -> None:
             "QRIDA",
             "at perplexity +1 % QRIDA reads 1.3 times fewer bytes than the best of TDA and CATS",
             "; ".join(f"{name} {ratio:.2f} times fewer" for name, ratio in ratios.items()),
-            [name for name, ratio in ratios.items() if ratio >= 1.3],
-            ratios,
+            {name: 1 if ratio >= 1.3 else -1 for name, ratio in ratios.items()},
         )
+
+
+def _lower(a: dict[str, float], b: dict[str, float]) -> int:
+    """Whether a rises perplexity less than b (+1) or more (-1), by one standard error of each (they
+    are of the same rows, so that of their difference is smaller), else 0."""
+    if a["increase"] + a["error"] < b["increase"]:
+        return 1
+    return -1 if b["increase"] + b["error"] < a["increase"] else 0

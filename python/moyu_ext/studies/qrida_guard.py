@@ -263,8 +263,7 @@ def _claims(report: Report) -> None:
             "QRIDA, guard",
             claim,
             "; ".join(f"{where} {share:+.0%}" for where, share in off.items()),
-            [where for where, share in off.items() if (abs(share) <= WITHIN) == wanted],
-            off,
+            {at: 1 if (abs(share) <= WITHIN) == wanted else -1 for at, share in off.items()},
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 VERDICTS = ("holds", "fails", "holds only if", "open")
+LEGEND = (
+    "**holds**: for every model the 95 % interval (or p < 0.05) is on the claim's side, or the "
+    "value is past the bar that is named; **holds only if**: where it says; **fails**: for no "
+    "model, and for one at least it is on the other side; **open**: no interval decides."
+)
 
 
 @dataclass(frozen=True)
@@ -80,12 +85,28 @@ class Report:
         self.claims.append(Claim(source, claim, measured, verdict, condition))
 
     def judged(
-        self, source: str, claim: str, measured: str, held: Sequence[str], among: Collection[str]
+        self,
+        source: str,
+        claim: str,
+        measured: str,
+        signs: Mapping[str, int],
+        needed: str = "more text or seeds: no interval decides",
+        where: str = "the model is ",
     ) -> None:
-        """Add a claim that held for some (`held`) of the models, or models and texts, `among`."""
-        some = 0 < len(held) < len(among)
-        verdict = "holds only if" if some else "holds" if held else "fails"
-        condition = f"the model is {' or '.join(held)}" if some else ""
+        """Add a claim by what it came to for each model, or model and text, see `LEGEND`.
+
+        signs: +1 where the measurement supports the claim, -1 where it contradicts it, 0 where it
+        decides nothing. needed: the condition of an open claim. where: what stands before the names
+        under which it holds.
+        """
+        held = [name for name, sign in signs.items() if sign > 0]
+        verdict, condition = "fails", ""
+        if len(held) == len(signs):
+            verdict = "holds"
+        elif held:
+            verdict, condition = "holds only if", f"{where}{' or '.join(held)}"
+        elif not any(signs.values()):
+            verdict, condition = "open", needed
         self.claim(source, claim, measured, verdict, condition)
 
     def table(
@@ -139,7 +160,7 @@ class Report:
                 verdict = f"**{c.verdict}** {c.condition}".strip()
                 cells = (f"{c.claim} ({c.source})", c.measured, verdict)
                 lines.append("| " + " | ".join(map(_cell, cells)) + " |")
-            lines.append("")
+            lines += ["", LEGEND, ""]
         lines += [line for note in self.notes for line in (note, "")]
         for table in self.tables:
             lines += [f"**{table.title}**", "", *_table(table), ""]

@@ -21,7 +21,7 @@ from ..evaluation.tasks import find_task, number_matches
 from ..methods.base import Method
 from ..patching.patch import report, scoring
 from .activity import mask_arguments
-from .heavy_hitters import chosen_tokens, mask_without, received_attention
+from .attention import chosen_tokens, mask_without, received_attention
 from .setting import Subject
 
 BUDGET = 0.2  # share of the context's tokens removed in Table 5
@@ -140,9 +140,14 @@ def summaries(
 
 @dataclass(frozen=True)
 class Latency:
-    """A row of `moyu bench decode`: milliseconds per generated token, and where it was found."""
+    """A row of `moyu bench decode` or `benchmarks/decode_cuda.py`, and where it was found.
+
+    setup: "per token", or "1024+128" where `milliseconds` is of a whole generation, of so many
+    tokens of prompt and new ones.
+    """
 
     method: str
+    setup: str
     geometry: str
     density: float
     milliseconds: float
@@ -151,13 +156,14 @@ class Latency:
     where: str
 
 
-def committed_rows() -> Path:
-    """Where the repository keeps its benchmark rows; they are not part of the package."""
-    return Path(__file__).resolve().parents[3] / "benchmarks" / "results" / "cpu.csv"
+def committed_rows() -> list[Path]:
+    """The repository's files of decode rows, where they are: they are not part of the package."""
+    results = Path(__file__).resolve().parents[3] / "benchmarks" / "results"
+    return [file for name in ("cpu", "cuda_decode") if (file := results / f"{name}.csv").is_file()]
 
 
 def latencies(path: Path) -> list[Latency]:
-    """The decode rows of a CSV or JSON file that `moyu bench decode` wrote.
+    """The rows of whole models in a CSV or JSON file of benchmark rows.
 
     Raises ConfigurationError where the file cannot be read as one.
     """
@@ -170,6 +176,7 @@ def latencies(path: Path) -> list[Latency]:
         return [
             Latency(
                 method=row["method"],
+                setup=_setup(row["name"]),
                 geometry=row["geometry"],
                 density=float(row["density"]),
                 milliseconds=float(row["median_us"]) / 1e3,
@@ -178,10 +185,15 @@ def latencies(path: Path) -> list[Latency]:
                 where=f"{path.name} row {number}, commit {row['commit']}",
             )
             for number, row in enumerate(rows, 1)
-            if row["name"] == "decode"
+            if row["name"] == "decode" or row["name"].startswith("generate-")
         ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigurationError(
             f"{path} holds no rows of `moyu bench decode` ({error!r}); expected its --json or "
             "--csv file"
         ) from error
+
+
+def _setup(name: str) -> str:
+    """Of "decode", or of "generate-1024+128-static"."""
+    return "per token" if name == "decode" else name.split("-")[1]

@@ -1,10 +1,13 @@
-"""Tables 1-5 as arXiv 2406.12569 prints them: quoted, nothing here was measured by this project.
+"""Tables 1-5 as arXiv 2406.12569 prints them, and against each other: nothing here was measured
+by this project.
 
 Each table maps a row's label to its cells, None where the paper prints nothing. Accuracy and ROUGE
 in percent, latency in seconds.
 """
 
 from __future__ import annotations
+
+from .report import Report
 
 TASKS = ("MMLU", "TruthfulQA", "Winogrande", "GSM8K")
 Row = tuple[float | None, ...]
@@ -69,3 +72,52 @@ def speedups() -> dict[str, float]:
     return {
         method: dense[setup] / seconds for method, setup, _, seconds in TABLE_3 if method != "dense"
     }
+
+
+def consistency(report: Report) -> None:
+    """The paper's rows against each other."""
+    one, two, five = TABLE_1["LLaMA-2-7B"], TABLE_2, TABLE_5
+    drops = {
+        m: [a - b for a, b in zip(one[m][:3], row[:3], strict=True) if a and b]
+        for m, row in five.items()
+    }
+    gains = {
+        f"{m} {setup}": row[1] - row[0] for (m, setup), row in TABLE_4.items()
+        if row[0] is not None and row[1] is not None
+    }  # fmt: skip
+    named = {m: ", ".join(f"{x:.2f}" for x in values) for m, values in drops.items()}
+    sparse = {m: values for m, values in drops.items() if m != "dense"}
+    most, least = (
+        [choose(sparse, key=lambda m: sparse[m][i]) for i in range(3)] for choose in (max, min)
+    )
+    report.table(
+        "The paper's rows against each other",
+        ["rows", "what they show"],
+        [
+            ["Table 2, 1-shot ROUGE-1, and Table 1, GSM8K", "; ".join(
+                f"{m} ({two[m][3]}) and ({one[m][3]})" for m in two)],
+            ["Table 1 less Table 5, dense (MMLU, TruthfulQA, Winogrande)", named["dense"]],
+            ["Table 1 less Table 5, the methods", "; ".join(
+                f"{m} {named[m]}" for m in TABLE_5 if m != "dense")],
+            ["Table 4, 1-shot less 0-shot (text: sTDA gains most; TDA, which has no row, is the "
+             "most accurate)", "; ".join(f"{k} {v:+.2f}" for k, v in gains.items())],
+            ["Table 3, dense", "both rows are labelled "
+             f"{TABLE_3[0][2]} % sparse"],
+            ["Section 4.4 and Limitations", "Table 5 removes heavy hitters; the limitations say "
+             "that this ablation was not conducted"],
+        ],
+    )  # fmt: skip
+    report.numbers["table 1 less table 5, quoted"] = drops
+    report.judged(
+        "section 4.4, Table 5",
+        "without heavy hitters TDA's accuracy falls most and sRIDA's least",
+        "by the paper's own rows, Table 1 less Table 5 on MMLU, TruthfulQA and Winogrande: falls "
+        f"most {', '.join(most)}; least {', '.join(least)}",
+        {"": 1 if {*most} == {"TDA"} and {*least} == {"sRIDA"} else -1},
+    )
+    report.judged(
+        "section 4.4, Table 4",
+        "from 0-shot to 1-shot sTDA gains most",
+        "by the paper's own rows: " + ", ".join(f"{k} {v:+.2f}" for k, v in gains.items()),
+        {"": 1 if max(gains, key=lambda k: gains[k]).startswith("sTDA") else -1},
+    )
