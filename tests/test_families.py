@@ -101,6 +101,8 @@ class Gated(nn.Module):
         gate, up = self.gate_proj(x), self.up_proj(x)
         if self.change == "clamp":
             gate = gate.clamp(max=7.0)
+        if self.change == "high clamp":
+            up = up.clamp(-600.0, 600.0)
         if self.change == "swapped":
             gate, up = up, gate
         a = self.act_fn(gate) * up
@@ -131,10 +133,28 @@ def test_canonical_gated_module() -> None:
     assert [site.name for site in sites] == ["layers.0.mlp", "layers.1.mlp"]
 
 
-@pytest.mark.parametrize("change", ["clamp", "swapped", "norm", "scale", "residual", "tuple"])
-def test_another_forward_is_refused(change: str) -> None:
+CHANGES = ["clamp", "high clamp", "swapped", "norm", "scale", "residual", "tuple"]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_another_forward_is_refused(dtype: torch.dtype, change: str) -> None:
+    """In float16, too, where the largest rows overflow in a plain MLP and not in a clamped one."""
+    torch.manual_seed(0)
+    mlps = Gated(d=64, f=96), Gated(change, d=64, f=96)
+    for mlp in mlps:
+        mlp.gate_proj.weight.data *= 0.03
+        mlp.up_proj.weight.data *= 4
     with pytest.raises(UnsupportedModelError, match=r"layers\.1\.mlp \(Gated\).*supported: gated"):
-        find_mlps(stack(Gated(), Gated(change)))
+        find_mlps(stack(*mlps).to(dtype))
+
+
+def test_weights_with_a_nan_are_named() -> None:
+    broken = Gated("scale")
+    broken.down_proj.weight.data[3, 5] = torch.nan
+    broken.up_proj.weight.data[2, 5] = torch.nan
+    with pytest.raises(UnsupportedModelError, match=r"layers\.0\.mlp gives no finite output.*NaN"):
+        find_mlps(stack(broken))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

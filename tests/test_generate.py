@@ -192,6 +192,15 @@ def test_prompt_lookup(name: str, tiny: Make, prompt: Prompt) -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
+def test_early_exit(name: str, tiny: Make, prompt: Prompt) -> None:
+    """Self-speculation drafts with the first layers; the others learn nothing from that."""
+    model = tiny()
+    patch(model, case(name, tiny()).method)
+    out = run(model, prompt(12), new=12, assistant_early_exit=2)
+    assert out.sequences.shape == (1, 24) and model.config.num_hidden_layers == 3
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_assisted_decoding(name: str, tiny: Make, prompt: Prompt) -> None:
     """An assistant of its own, patched too; and a verification of more than eight tokens."""
     dense, model, assistant = tiny(), tiny(), tiny()

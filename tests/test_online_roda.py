@@ -213,3 +213,25 @@ def test_it_is_registered_and_its_errors_are_named(trained, tiny) -> None:
         OnlineRODA(router, density=2)
     with pytest.raises(ArtifactError, match="trained on another model"):
         patch(tiny("llama-relu", seed=1), OnlineRODA(router))
+
+
+def test_a_compiled_decode_step_is_one_graph(trained, prompt) -> None:
+    """What counts tokens on the host must not be traced: each step would be another graph."""
+    model, router = trained
+    patch(model, OnlineRODA(router, density=0.2, refresh=8))
+    ids, graphs = prompt(30), []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    step = torch.compile(model, backend=count, dynamic=True)
+    with torch.no_grad():
+        out = model(ids[:, :20], use_cache=True)
+        cache = cache_of(out)
+        for t in range(20, 29):
+            step(ids[:, t : t + 1], **passing(model, cache))
+    unpatch(model)
+    torch._dynamo.reset()
+    assert len(graphs) <= 2  # the first step may close the prompt

@@ -395,3 +395,35 @@ def test_nothing_keeps_the_old_down_projection(tiny: Make, family: str, method: 
         ]
     assert others == []
     assert mlp_of(model).weights is not None
+
+
+@pytest.mark.parametrize("method", [TDA(0.0), QRIDA(1.0), SRIDA(1.0)], ids=repr)
+def test_an_input_of_strided_rows(method: Method, tiny: Make) -> None:
+    model = tiny()
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))[:, -1:, :]
+    with torch.no_grad():
+        want = model.model.layers[0].mlp(x)
+        patch(model, method)
+        assert torch.allclose(model.model.layers[0].mlp(x), want, atol=1e-5)
+
+
+@BOTH
+@pytest.mark.parametrize("method", [TDA(0.0), QRIDA(1.0), SRIDA(1.0)], ids=repr)
+@torch.no_grad()
+def test_autocast(method: Method, family: str, tiny: Make, prompt: Prompt) -> None:
+    """Few rows and many come out in autocast's dtype, as from the unpatched model."""
+    model, ids = tiny(family), prompt(12)
+    dtypes = []
+    with torch.autocast("cpu", torch.bfloat16):
+        want = model.generate(
+            ids, max_new_tokens=1, output_logits=True, return_dict_in_generate=True
+        )
+        patch(model, method)
+        mlp = mlp_of(model)
+        handle = mlp.register_forward_hook(lambda module, args, out: dtypes.append(out.dtype))
+        got = model.generate(
+            ids, max_new_tokens=4, output_logits=True, return_dict_in_generate=True
+        )
+        handle.remove()
+    assert dtypes == 4 * [torch.bfloat16]
+    assert torch.allclose(got.logits[0].float(), want.logits[0].float(), atol=0.3)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 
 import oracle
 import pytest
 import torch
 from moyu_ext.errors import ConfigurationError, PatchStateError
-from moyu_ext.methods import SRIDA, STDA, TDA
+from moyu_ext.methods import SRIDA, STDA, TDA, Method
 from moyu_ext.patching.cache import passing
 from moyu_ext.patching.patch import patch, report, scoring
+from moyu_ext.patching.sequence_state import ATTRIBUTE
 from snapshot import snapshot
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -97,6 +100,47 @@ def test_scoring_ends_with_its_block(tiny: Make, prompt: Prompt) -> None:
     assert snapshot(model) == before
     model.generate(prompt(12), max_new_tokens=4, do_sample=False)
     assert report(model).layers[0].tokens == 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", [TDA(0.1), SRIDA(0.5)], ids=repr)
+def test_an_interrupt_leaves_nothing_behind(method: Method, tiny: Make, prompt: Prompt) -> None:
+    """KeyboardInterrupt is no Exception: torch does not run forward hooks behind it."""
+    model, ids = patch(tiny(), method), prompt(12)
+    want = model.generate(ids, max_new_tokens=4, do_sample=False)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def interrupted(block: AbstractContextManager[None]) -> None:
+        handle = model.model.layers[1].mlp.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt), block:
+            model(ids)
+        handle.remove()
+
+    for block in (scoring(model, 4), nullcontext()):
+        interrupted(block)
+        report(model, reset=True)
+        model(ids)
+        assert report(model).layers[0].tokens == 0  # a prompt is dense
+        assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), want)
+
+
+@torch.no_grad()
+def test_scoring_is_for_its_thread_and_nests(tiny: Make, prompt: Prompt) -> None:
+    model, ids = patch(tiny(), SRIDA(0.5)), prompt(TOTAL)
+    want = model.generate(ids[:, :12], max_new_tokens=6, do_sample=False)
+    with scoring(model, CONTEXT):
+        logits = model(ids, use_cache=True).logits
+        with ThreadPoolExecutor(1) as pool:
+            job = pool.submit(model.generate, ids[:, :12], max_new_tokens=6, do_sample=False)
+            assert torch.equal(job.result(), want)
+        with scoring(model, CONTEXT + 4):
+            inner = model(ids).logits
+        assert not torch.equal(inner, logits)
+        out = model(ids, use_cache=True)
+        assert torch.equal(out.logits, logits)
+        assert not hasattr(out.past_key_values, ATTRIBUTE)
 
 
 @torch.no_grad()

@@ -151,12 +151,10 @@ class MlpSite:
         family = self.family
         gate = None if family.gate is None else self.linear(family.gate)
         up, down = self.linear(family.up), self.linear(family.down)
-        with torch.no_grad():
-            down_t = down.weight.t()
         return MlpWeights(
             gate=None if gate is None else gate.weight,
             up=up.weight,
-            down_t=down_t,
+            down_t=down.weight.detach().t(),
             gate_bias=None if gate is None else gate.bias,
             up_bias=up.bias,
             down_bias=down.bias,
@@ -205,7 +203,7 @@ def find_mlps(model: nn.Module) -> list[MlpSite]:
             f"known family; found {_children(layer)}; {SUPPORTED}"
         )
     for site in sites:
-        _check_weights(site)
+        check_weights(site)
         _check_forward(site)
     return sites
 
@@ -271,7 +269,7 @@ def _is_patched(module: nn.Module, family: Family) -> bool:
     return getattr(entry, "is_stand_in", False)
 
 
-def _check_weights(site: MlpSite) -> None:
+def check_weights(site: MlpSite) -> None:
     """Refuse parameters whose bytes are not plain floats in memory on one device."""
     where = site.name
     patched = _is_patched(site.module, site.family)
@@ -353,11 +351,19 @@ def _check_forward(site: MlpSite) -> None:
         finally:
             for module, training in modes:
                 module.training = training
+    finite = expected.isfinite()
+    if not finite.all(1).any():
+        raise UnsupportedModelError(
+            f"{site.name} gives no finite output for ordinary input; expected finite weights: look "
+            "for NaN in the checkpoint"
+        )
     same = isinstance(actual, Tensor) and actual.shape == expected.shape
     if same:
-        finite = expected.isfinite().all(1) & actual.isfinite().all(1)
+        # What overflows has to overflow in both: a clamp in between would keep it finite.
+        same = bool((actual.isfinite() == finite).all())
+        whole = finite.all(1)
         off = (actual.float() - expected).norm(dim=1) / expected.norm(dim=1).clamp_min(1e-30)
-        same = bool((off[finite] < 8 * torch.finfo(up.dtype).eps).all())
+        same = same and bool((off[whole] < 8 * torch.finfo(up.dtype).eps).all())
     if not same:
         raise UnsupportedModelError(
             f"{site.name} ({type(site.module).__name__}) looks gated but its forward is not "

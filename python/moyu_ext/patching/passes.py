@@ -42,9 +42,11 @@ class Pass:
 
 
 class Context(threading.local):
-    """How the hooks reach the MLPs: the pass of this thread's current forward, if any."""
+    """How the hooks reach the MLPs: the pass of this thread's current forward, if any, and how many
+    blocks of `scoring` the thread is in."""
 
     current: Pass | None = None
+    scoring: int = 0
 
 
 class Layer(Protocol):
@@ -139,7 +141,6 @@ class SequenceHooks:
         self.min_prompt = min_prompt
         self.refresh = refresh
         self.owner = uuid.uuid4().hex
-        self.paused = False  # while other hooks decide (scoring)
         device = layers[0].device
         self.meters = {device: Meter(len(layers), device)}  # a model may move
 
@@ -155,8 +156,8 @@ class SequenceHooks:
 
     def before(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook: decide the pass."""
-        if self.paused:
-            return
+        if self.context.scoring:
+            return  # other hooks decide
         batch, length = self.arguments.shape(args, kwargs)
         cache = self.arguments.cache(args, kwargs)
         state = state_of(cache, self.owner)
@@ -169,7 +170,7 @@ class SequenceHooks:
                 )
             state = None  # emptied, and used for another batch
         if state is not None and state.decodes(length) and not self._due(state):
-            if self.refresh is not None:
+            if self.refresh is not None and not torch.compiler.is_compiling():
                 state.steps += length
             if not torch.compiler.is_compiling() and not state.closed:
                 state.close()
@@ -235,7 +236,7 @@ class SequenceHooks:
         self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         """Forward hook: keep what the layers learned."""
-        if self.paused:
+        if self.context.scoring:
             return
         current, self.context.current = self.context.current, None
         if current is None or current.state is None:
@@ -299,9 +300,12 @@ class ScoringHooks:
         self.context_length = context_length
         self.everywhere = everywhere
         self.sequences = sequences
+        self.thread = threading.get_ident()
 
     def before(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook: decide the pass."""
+        if threading.get_ident() != self.thread:
+            return
         batch, length = self.arguments.shape(args, kwargs)
         cache = self.arguments.cache(args, kwargs)
         past = _columns(cache) if hasattr(cache, "get_seq_length") else 0
@@ -352,7 +356,8 @@ class ScoringHooks:
         self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         """Forward hook: forget the pass."""
-        self.context.current = None
+        if threading.get_ident() == self.thread:
+            self.context.current = None
 
 
 def register(decoder: nn.Module, hooks: SequenceHooks | ScoringHooks) -> Callable[[], None]:

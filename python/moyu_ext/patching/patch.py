@@ -196,7 +196,8 @@ def scoring(model: nn.Module, context_length: int | Sequence[int]) -> Iterator[N
     Columns before `context_length` (one number, or one per row of the batch, counted with padding)
     are the prompt: dense, and for a sequence-level method the statistic. Later columns are the
     continuation: under the method's rule or the set chosen, all in one forward. Sequences with
-    fewer than `min_prompt` real tokens of context stay dense. Without gradient.
+    fewer than `min_prompt` real tokens of context stay dense. Without gradient. It holds for the
+    forwards of the thread that entered it.
 
     Raises PatchStateError where the model is not patched or the forward continues a cache,
     ConfigurationError for an impossible length.
@@ -215,15 +216,15 @@ def scoring(model: nn.Module, context_length: int | Sequence[int]) -> Iterator[N
     hooks = ScoringHooks(
         patched.decoder, patched.context, context_length, patched.method.prefill, patched.hooks
     )
+    context = patched.context
     remove = register(patched.decoder, hooks)
-    if patched.hooks is not None:
-        patched.hooks.paused = True
+    context.scoring += 1
     try:
         yield
     finally:
         remove()
-        if patched.hooks is not None:
-            patched.hooks.paused = False
+        context.scoring -= 1
+        context.current = None  # an interrupt keeps forward hooks from running
 
 
 def _patch_of(model: nn.Module) -> _Patch:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
@@ -220,6 +221,10 @@ class SequenceState:
         self.tokens += entered.sum(1)
         columns = torch.cat([self.columns, torch.arange(past, past + length)])
         self.columns = columns[-TAIL:]
+        for layer in self.layers:  # one that did not run (early exit) has learned nothing
+            missing = self.columns.numel() - layer.tail.shape[1]
+            if missing > 0:
+                layer.tail = F.pad(layer.tail, (0, 0, 0, missing))
         self.real = torch.cat([self.real, entered], 1)[:, -TAIL:]
         self.end = torch.where(learners, past + length, self.end)
         if columns.numel() > TAIL:

@@ -22,7 +22,7 @@ from ..errors import PatchStateError
 from ..methods.base import AdaptiveRule, Method, SequenceRule, TokenRule, compact, given
 from ..reference import ACTIVATIONS
 from .clock import Clock
-from .families import MlpSite, MlpWeights
+from .families import MlpSite, MlpWeights, check_weights
 from .passes import Context, Pass
 from .sequence_state import LayerState
 
@@ -80,6 +80,46 @@ class StandIn(nn.Module):
         return twin
 
 
+class _Watched:
+    """One linear layer of an MLP as it was when its weights were read."""
+
+    def __init__(self, site: MlpSite, name: str) -> None:
+        self.name = f"{site.name}.{name}"
+        self.children = site.module._modules
+        self.key = name
+        self.linear = self._linear()
+        self.weight = self.linear.weight
+        self.version, self.pointer = self._state()
+
+    def _linear(self) -> Any:
+        linear = self.children[self.key]
+        return linear.__dict__.get("original", linear)  # behind a stand-in, where MLPs are inline
+
+    def _state(self) -> tuple[int, int]:
+        weight = self.weight  # inference tensors count no versions
+        return 0 if weight.is_inference() else weight._version, weight.data_ptr()
+
+    def changed(self) -> bool:
+        """Whether the layer, its parameter or the values (written in place) are others now."""
+        linear = self._linear()
+        if linear is not self.linear and type(linear) is not nn.Linear:
+            raise PatchStateError(
+                f"{self.name} is a {type(linear).__name__} now, which a patched MLP does not run; "
+                "call moyu_ext.unpatch(model) before you change its layers, and patch it again"
+            )
+        hooked = linear._forward_hooks or linear._forward_pre_hooks
+        if hooked and self.children[self.key] is linear:  # a stand-in runs its hooks
+            raise PatchStateError(
+                f"{self.name} got forward hooks, which a patched MLP does not run; put them on the "
+                "MLP, or call moyu_ext.unpatch(model) first"
+            )
+        return (
+            linear is not self.linear
+            or linear._parameters.get("weight") is not self.weight
+            or self._state() != (self.version, self.pointer)
+        )
+
+
 class Bypass(StandIn):
     """Hands its input on. Stands in for the later parts of an MLP without a module of its own."""
 
@@ -107,6 +147,7 @@ class SparseMLP(StandIn):
         self.weights: MlpWeights | None = weights
         self.rule = method.bind(site.index, weights)
         self.per_token = isinstance(self.rule, TokenRule)
+        self._watched: list[_Watched] = []
         self.refreshes: int = 0
         self.dense_seconds = float("nan")
         """Of the MLP before the patch, at one row."""
@@ -137,6 +178,7 @@ class SparseMLP(StandIn):
             if not down.data.t().is_contiguous():
                 down.data = down.data.t().contiguous().t()
             self.weights = self.site.weights()
+            self._watched = [_Watched(self.site, name) for name in self.site.family.linears]
             for weight in (self.weights.gate, self.weights.up, self.weights.down_t):
                 if weight is not None:
                     ops.use_huge_pages(weight)
@@ -155,20 +197,26 @@ class SparseMLP(StandIn):
         return self
 
     def _read_weights(self) -> MlpWeights:
+        check_weights(self.site)
         self.take_layout()
         assert self.weights is not None
         self.rule = self.method.bind(self.site.index, self.weights)
         return self.weights
 
+    def _changed(self) -> bool:
+        """Whether somebody gave the MLP other weights; a traced forward cannot tell."""
+        return not torch.compiler.is_compiling() and any(w.changed() for w in self._watched)
+
     def forward(self, x: Tensor) -> Tensor:
-        """The MLP's output, [..., d]; PatchStateError in training mode."""
+        """The MLP's output, [..., d]; PatchStateError in training mode, and where a part of the MLP
+        was replaced since the patch."""
         if self.training:
             raise PatchStateError(
                 f"{self.site.name} is in training mode, but a patched model only infers; call "
                 "model.eval(), or moyu_ext.unpatch(model) to train"
             )
         weights = self.weights
-        if weights is None:
+        if weights is None or self._changed():
             weights = self._read_weights()
         current = self.context.current
         if current is None:
@@ -191,11 +239,23 @@ class SparseMLP(StandIn):
 
     def _token(self, x: Tensor, weights: MlpWeights) -> Tensor:
         start = self.clock.start(x)
-        rows = x.reshape(-1, self.d)
+        rows = self._rows(x, weights)
         out, counts = self.rule.apply(rows, weights)  # type: ignore[union-attr]
         self.active.add_(counts if counts.numel() == 1 else counts.sum())
         self.tokens.add_(rows.shape[0])
         self.clock.stop(start, rows.shape[0])
+        return self._output(out, x)
+
+    def _rows(self, x: Tensor, weights: MlpWeights) -> Tensor:
+        """x as operators take it: contiguous [rows, d], under autocast in the weights' dtype."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(weights.up.dtype)
+        return x.reshape(-1, self.d).contiguous()
+
+    def _output(self, out: Tensor, x: Tensor) -> Tensor:
+        """An operator's output in the shape of x, under autocast in its dtype, as a linear's is."""
+        if torch.is_autocast_enabled(x.device.type):
+            out = out.to(torch.get_autocast_dtype(x.device.type))
         return inference_only(out.view(x.shape))
 
     def _given(self, x: Tensor, weights: MlpWeights, current: Pass) -> Tensor:
@@ -234,8 +294,8 @@ class SparseMLP(StandIn):
     def _sparse(
         self, x: Tensor, weights: MlpWeights, indices: Tensor, count: Tensor, mask: Tensor | None
     ) -> Tensor:
-        out = given(x.reshape(-1, self.d), weights, indices, count, mask)
-        return inference_only(out.view(x.shape))
+        out = given(self._rows(x, weights), weights, indices, count, mask)
+        return self._output(out, x)
 
     def _dense(self, x: Tensor, weights: MlpWeights) -> Tensor:
         _, product = self._activations(x, weights)
