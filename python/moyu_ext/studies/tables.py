@@ -333,6 +333,7 @@ def _claims(setting: Setting, report: Report, values: dict[str, dict[str, Values
         parts: list[str] = []
         signs: dict[str, int] = {}
         for model, tables in values.items():
+            found = []
             for first, second in pairs:
                 gaps = [
                     a - b
@@ -346,17 +347,18 @@ def _claims(setting: Setting, report: Report, values: dict[str, dict[str, Values
                 if not gaps:
                     continue
                 p, mean = sign_flip_p(torch.tensor(gaps), setting.seed), sum(gaps) / len(gaps)
-                signs[f"{model}, {first} and {second}"] = sign_at(mean, p)
+                found.append(sign_at(mean, p))
                 parts.append(
                     f"{model} {first} less {second} {100 * mean:+.1f} points (p = {p:.2g})"
                 )
+            if found:  # an order holds where each of its steps does
+                signs[model] = -1 if -1 in found else min(found)
         report.judged(
             source,
             claim,
             "; ".join(parts) or "nothing could be scored, see the table's notes",
             signs or {"": 0},
             needed,
-            where="",
         )
 
 
