@@ -1,5 +1,7 @@
 """Operators against the float64 reference, with tolerances computed from plain PyTorch's error."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -306,3 +308,40 @@ def test_huge_pages_leave_the_values() -> None:
     if not mode.exists() or "[never]" in mode.read_text():
         assert not moved
     assert not ops.use_huge_pages(torch.zeros(8))  # nothing of 2 MB to move
+
+
+ALLOCATION = """
+import resource
+from pathlib import Path
+
+import torch
+from moyu_ext import ops
+
+def call(d):
+    return ops.gather_gemv(torch.ones(8, d), torch.ones(1, d), None, None)
+
+small = call(16)
+x, weight = torch.ones(8, 1 << 22), torch.ones(1, 1 << 22)
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+soft = pages * resource.getpagesize() + (32 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (soft, resource.RLIM_INFINITY))
+try:
+    ops.gather_gemv(x, weight, None, None)
+except (MemoryError, RuntimeError) as error:
+    print("refused", type(error).__name__)
+assert torch.equal(call(16), small)
+print("and goes on")
+"""
+
+
+def test_operators_work_on_after_memory_ran_out() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", ALLOCATION], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-500:]
+    assert done.stdout.split() == ["refused", "MemoryError", "and", "goes", "on"]
+
+
+def test_rows_without_elements_are_refused() -> None:
+    with pytest.raises(RuntimeError, match=r"must not be empty, got .*\[2, 0\]"):
+        ops.gather_gemv(torch.ones(2, 0), torch.ones(3, 0), None, None)
