@@ -120,6 +120,12 @@ def extension() -> cpp_extension.CppExtension:
         ("MOYU_TORCH_BUILT_WITH", f'"{torch.__version__}"'),
     ]
     sources, include_dirs, link = list(CPU_SOURCES), [pybind11.get_include()], ["-fopenmp"]
+    if CUDA is not None and not CUDA_SOURCES:
+        # Linked without them, the library would only fail when it is loaded.
+        raise SystemExit(
+            f"CUDA was found in {CUDA}, but there are no kernels for it: expected csrc/cuda/*.cu "
+            f"in {Path.cwd()}. Get the whole source, or set MOYU_CUDA=0 to build for the CPU only."
+        )
     if sys.platform == "linux":
         # torch's own C++ runtime, also where LDFLAGS says -static-libstdc++: with a second copy in
         # the process, the first message that holds a number crashes.
