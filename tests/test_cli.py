@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -339,6 +340,8 @@ def test_calibrate_on_the_models_own_text(tmp_path: Path, model_dir: Path) -> No
         (("calibrate", "MODEL", "--out", "FILE"), ("FILE", "directory")),
         (("demo", "--out", "FILE"), ("FILE", "directory")),
         (("env", "--json", "."), ("--json .", "name a file")),
+        (("env", "--json", "loop"), ("--json loop", "name a file")),
+        (("generate", "MODEL", "-p", "caf\udce9"), ("--prompt 'caf", "UTF-8")),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_clear_line(
@@ -350,6 +353,7 @@ def test_bad_input_is_one_clear_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("FILE").write_text("")
+    Path("loop").symlink_to("loop")
     message = refuse(*(str(model_dir) if a == "MODEL" else a for a in arguments))
     for part in parts:
         assert part in message
@@ -399,6 +403,26 @@ def test_nothing_is_written_where_the_work_fails(tmp_path: Path, model_dir: Path
     refuse("generate", model_dir, "-p", "x", "--density", 2, "--json", file)
     assert file.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that takes no files")
+def test_json_where_no_file_can_be_made_is_refused_before_the_work() -> None:
+    # The model is never looked for.
+    assert "--json /proc/x.json" in refuse(
+        "generate", "./none", "-p", "x", "--json", "/proc/x.json"
+    )
+
+
+def test_json_that_fails_late_is_one_clear_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("moyu_ext.cli.common.write_atomically", full)
+    result = moyu("env", "--json", tmp_path / "env.json")
+    assert result.exit_code == 2 and isinstance(result.exception, SystemExit)
+    assert re.search("moyu: error: --json .*No space left", result.stderr)
 
 
 # --- demo

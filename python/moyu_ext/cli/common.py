@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import embedded
-from .._files import write_atomically
+from .._files import check_writable, write_atomically
 from ..errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -63,6 +63,10 @@ def check_json(path: Path | None) -> None:
         raise ConfigurationError(
             f"--json {path}: the directory {path.absolute().parent} does not exist; create it first"
         )
+    try:
+        check_writable(path)
+    except OSError as error:
+        raise _unwritable(path, error) from error
 
 
 def make_directory(path: Path) -> None:
@@ -79,9 +83,22 @@ def make_directory(path: Path) -> None:
 
 
 def write_json(path: Path | None, content: Any) -> None:
-    """Write `content` to FILE, if one was named; NaN and infinity become null."""
+    """Write `content` to FILE, if one was named; NaN and infinity become null.
+
+    Raises ConfigurationError where that fails.
+    """
     if path is not None:
-        write_atomically(path, (json.dumps(_finite(content), indent=2) + "\n").encode())
+        try:
+            write_atomically(path, (json.dumps(_finite(content), indent=2) + "\n").encode())
+        except OSError as error:  # full, or gone since `check_json`
+            raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> ConfigurationError:
+    return ConfigurationError(
+        f"--json {path} cannot be written ({error.strerror}); name a file in a folder where you "
+        "may write"
+    )
 
 
 def _finite(value: Any) -> Any:

@@ -117,6 +117,7 @@ def generate(
     common.check_json(json)
     if temperature <= 0:
         raise ConfigurationError(f"--temperature is {temperature}; expected a number above 0")
+    _check_prompt(prompt)
     chosen = common.build_method(
         method,
         thresholds=thresholds,
@@ -169,6 +170,16 @@ def generate(
         result["agreement"] = agreement(ours, choices(lm, run.ids, context))
     _summary(result, used.cost() if used.share < 1 else None)
     common.write_json(json, result)
+
+
+def _check_prompt(prompt: str) -> None:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # bytes of an argument come as surrogates
+        raise ConfigurationError(
+            f"--prompt {prompt!r} is not UTF-8 text; write it in UTF-8, and check that LANG names "
+            "a UTF-8 locale"
+        ) from error
 
 
 def _print(text: str) -> None:
