@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from moyu_ext.errors import ArtifactError, ConfigurationError
-from moyu_ext.methods import METHODS, SRIDA, STDA, TDA, Dense
+from moyu_ext.methods import METHODS, QRIDA, RIDA, RODA, SRIDA, STDA, TDA, Dense, OnlineRODA
 from moyu_ext.methods.base import SequenceRule, TokenRule, describe
 from moyu_ext.patching.families import MlpWeights
 
@@ -207,3 +209,30 @@ def test_registry_and_descriptions() -> None:
         assert len(repr(method)) < 100
     assert TDA(0.1, score="gate").plan == "gate" and TDA(0.1).plan == "product"
     assert describe(0.25) == "0.25" and describe([0.5, 0.25]) == "<2 layers, 0.25..0.5>"
+
+
+@pytest.mark.parametrize("half", [np.float32(0.5), np.array(0.5), torch.tensor(0.5)])
+def test_numbers_of_numpy_and_torch_are_numbers(half: Any) -> None:
+    made = SimpleNamespace(layers=[None])
+    methods = (SRIDA(half), QRIDA(half), RIDA(made, half), RODA(made, half), OnlineRODA(made, half))
+    for method in methods:
+        assert type(method.density) is float and method.density == 0.5
+    assert QRIDA([half, 0.25]).density == [0.5, 0.25]
+    assert QRIDA(np.array([0.5, 0.25])).density == [0.5, 0.25]
+    assert describe(half) == "0.5"
+    TDA(half).validate(3, lambda: "f00")  # one for all layers
+
+
+@pytest.mark.parametrize("bad", [np.float32(1.5), torch.tensor(0.0), torch.tensor(True), np.nan])
+def test_densities_out_of_range_are_refused_in_any_type(bad: Any) -> None:
+    for make in (SRIDA, QRIDA, lambda density: QRIDA([density])):
+        with pytest.raises(ConfigurationError, match=r"expected a number in \(0, 1\]"):
+            make(bad)
+
+
+def test_a_string_is_no_density_and_no_shadows() -> None:
+    with pytest.raises(ConfigurationError, match=r"density is '0\.3'; expected a number"):
+        QRIDA(density="0.3")
+    for shadows in ("folder", Path("folder"), 3, []):
+        with pytest.raises(ConfigurationError, match=r"shadows is .*Shadows\.from_pretrained"):
+            QRIDA(shadows=shadows)  # type: ignore[arg-type]

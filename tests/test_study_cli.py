@@ -1,6 +1,7 @@
 """`moyu study`: errors before the work, resuming, and the page of all verdicts."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ from moyu_ext.studies import STUDIES, Study
 from moyu_ext.studies.report import Report
 from moyu_ext.studies.setting import Setting
 from typer.testing import CliRunner
+
+from moyu_ext import embedded
 
 
 def said(*arguments: str, code: int = 2) -> str:
@@ -86,3 +89,11 @@ def test_all_writes_one_page_and_resume_skips_what_is_there(tmp_path: Path, one_
     said("all", "--quick", "--seed", "1", "--out", str(tmp_path), "--resume", code=0)
     assert one_study.runs == 2 * len(STUDIES) + 2
     assert json.loads((tmp_path / "gradient.json").read_text())["setting"]["seed"] == 1
+
+
+def test_a_damaged_checkpoint_is_one_clear_line(tmp_path: Path) -> None:
+    shutil.copytree(embedded.path("stories_silu"), tmp_path / "m")
+    weights = tmp_path / "m" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    text = said("inertia", "--model", str(tmp_path / "m"), "--out", str(tmp_path / "out"))
+    assert f"cannot load a model from '{tmp_path / 'm'}' (SafetensorError" in text

@@ -105,3 +105,16 @@ def test_models_that_cannot_write_raise() -> None:
     silent.generation_config.bos_token_id = silent.generation_config.eos_token_id = None
     with pytest.raises(ConfigurationError, match="beginning- or end-of-text"):
         calibrate(silent, progress=False)
+
+
+@pytest.mark.parametrize("texts", [letters(2, 40), None])
+def test_a_tokenizer_s_name_is_no_tokenizer(texts: list[str] | None) -> None:
+    # A str has an encode method.
+    model = tiny_llama(bos_token_id=1, eos_token_id=2)
+    with pytest.raises(ConfigurationError, match=r"string 'stories_silu'.*AutoTokenizer"):
+        calibrate(model, "stories_silu", texts, progress=False)
+
+
+def test_a_dictionary_of_texts_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="texts is dict; expected a list of strings"):
+        calibrate(tiny_llama(), Letters(), {"text": letters(2, 40)}, progress=False)

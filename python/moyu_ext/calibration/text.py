@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 
     `tokenizer`: a Hugging Face tokenizer, a `tokenizers.Tokenizer`, or anything with `encode`.
     """
+    _refuse_string(tokenizer)
     if not callable(getattr(tokenizer, "encode", None)):
         raise ConfigurationError(
             f"tokenizer is {type(tokenizer).__name__}, which has no encode method; pass the "
@@ -36,6 +37,14 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     quiet = {"verbose": False} if hasattr(tokenizer, "model_max_length") else {}
     encoded = tokenizer.encode(text, **quiet)
     return [int(i) for i in getattr(encoded, "ids", encoded)]
+
+
+def _refuse_string(tokenizer: Any) -> None:
+    if isinstance(tokenizer, str):  # it has an encode method, but of another kind
+        raise ConfigurationError(
+            f"tokenizer is the string {tokenizer!r}; pass the tokenizer itself: "
+            "transformers.AutoTokenizer.from_pretrained(name)"
+        )
 
 
 def check_ids(model: nn.Module, ids: Iterable[int]) -> None:
@@ -82,7 +91,7 @@ def read_texts(texts: Sequence[str] | str | os.PathLike[str], max_tokens: int) -
     if isinstance(texts, (str, os.PathLike)):
         parts = _read_file(Path(texts), max_tokens).split(_SEPARATOR)
         found = [part.strip() for part in parts]
-    elif not isinstance(texts, Iterable):
+    elif isinstance(texts, Mapping) or not isinstance(texts, Iterable):
         raise ConfigurationError(
             f"texts is {type(texts).__name__}; expected a list of strings, a file, or None"
         )
@@ -153,6 +162,7 @@ def write_own(
     The global random state is left as it was. Raises ConfigurationError where the model cannot
     generate or has no token to begin with.
     """
+    _refuse_string(tokenizer)
     generate = getattr(model, "generate", None)
     if not callable(generate):
         raise ConfigurationError(

@@ -151,24 +151,29 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
         raise ConfigurationError(f"{name} is {value!r}; expected one of {', '.join(allowed)}")
 
 
-def check_density(value: float) -> None:
-    """Raise ConfigurationError unless value is a number in (0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+def plain(value: Any) -> Any:
+    """Numbers and lists of Python for those of numpy and torch; anything else as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def check_density(value: Any) -> float:
+    """The density as a number of Python. Raises ConfigurationError unless it is one in (0, 1]."""
+    number = plain(value)
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 < number <= 1:
         raise ConfigurationError(
             f"density is {value!r}; expected a number in (0, 1], the fraction of neurons to keep"
         )
+    return number
 
 
 def epsilons(thresholds: Any) -> list[float]:
     """The thresholds as numbers: one (for every layer) or one per layer.
 
-    `thresholds` is a number, a sequence or 1-D tensor of numbers, or an object with `.epsilon`
-    (such as `Thresholds`). Raises ConfigurationError for anything else, for NaN and for values
-    below 0.
+    `thresholds` is a number, a sequence, 1-D array or tensor of numbers, or an object with
+    `.epsilon` (such as `Thresholds`). Raises ConfigurationError for anything else, for NaN and for
+    values below 0.
     """
-    values = getattr(thresholds, "epsilon", thresholds)
-    if isinstance(values, Tensor):
-        values = values.tolist()
+    values = plain(getattr(thresholds, "epsilon", thresholds))
     if isinstance(values, (int, float)):
         values = [values]
     try:
@@ -208,9 +213,7 @@ def check_thresholds(
             "calibrate again with the method that you patch with"
         )
     count = len(epsilons(thresholds))
-    per_layer = not isinstance(getattr(thresholds, "epsilon", thresholds), (int, float))
-    if isinstance(thresholds, Tensor) and thresholds.dim() == 0:
-        per_layer = False
+    per_layer = not isinstance(plain(getattr(thresholds, "epsilon", thresholds)), (int, float))
     if per_layer and count != layers:
         raise ConfigurationError(
             f"thresholds have {count} layers, the model has {layers} MLPs; pass one epsilon per "

@@ -28,6 +28,7 @@ from .base import (
     describe,
     epsilon_of,
     epsilons,
+    plain,
 )
 from .dense import Dense
 
@@ -87,9 +88,12 @@ class QRIDA(Method):
             epsilons(self.thresholds)
         elif self.density is None:
             object.__setattr__(self, "density", DENSITY)
-        for value in self.density if isinstance(self.density, Sequence) else (self.density,):
-            if value is not None:
-                check_density(value)
+        self._settle_density()
+        if self.shadows is not None and not isinstance(self.shadows, Shadows):
+            raise ConfigurationError(
+                f"shadows is {self.shadows!r}; expected Shadows: from Shadows.fit(model), or what "
+                "was saved, Shadows.from_pretrained(directory)"
+            )
         self._settle_bits()
         check_choice("guard", self.guard, ("off", "watch", "hold"))
         check_count("guard_every", self.guard_every)
@@ -99,6 +103,14 @@ class QRIDA(Method):
                 "has no calibrated thresholds; pass thresholds=calibrate(model, tokenizer, texts, "
                 'method=QRIDA(...)), or use guard="watch"'
             )
+
+    def _settle_density(self) -> None:
+        value = plain(self.density)
+        if isinstance(value, (list, tuple)):
+            value = [check_density(one) for one in value]
+        elif value is not None:
+            value = check_density(value)
+        object.__setattr__(self, "density", value)
 
     def _settle_bits(self) -> None:
         sources = {"thresholds": self.thresholds, "shadows": self.shadows}
@@ -148,8 +160,7 @@ class QRIDA(Method):
             check_thresholds(self.thresholds, "shadow", layers, fingerprint)
         per_layer = {"density": self.density, "bits": self.bits}
         for name, value in per_layer.items():
-            many = isinstance(value, list if name == "bits" else Sequence)
-            if many and len(value) != layers:
+            if isinstance(value, list) and len(value) != layers:
                 raise ConfigurationError(
                     f"{name} has {len(value)} entries, the model has {layers} MLPs; pass one "
                     "per layer (also when only some layers are patched), or one for all"
@@ -177,7 +188,7 @@ class QRIDA(Method):
         _check_device(device)
         epsilon, k, target = None, 0, None
         if self.thresholds is None:
-            many = isinstance(self.density, Sequence)
+            many = isinstance(self.density, list)
             k = max(1, round((self.density[index] if many else self.density) * weights.f))
         else:
             epsilon = epsilon_of(self.thresholds, index, device)

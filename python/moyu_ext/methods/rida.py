@@ -44,7 +44,7 @@ class RIDA(Method):
                 f"experts is {self.experts!r}; expected Experts from split_experts() or "
                 "Experts.from_pretrained(directory)"
             )
-        check_density(self.density)
+        object.__setattr__(self, "density", check_density(self.density))
 
     def __repr__(self) -> str:
         layers = self.experts.layers

@@ -42,7 +42,7 @@ class RODA(Method):
     def __post_init__(self) -> None:
         check_router(self.router)
         if self.density is not None:
-            check_density(self.density)
+            object.__setattr__(self, "density", check_density(self.density))
 
     def __repr__(self) -> str:
         layers = self.router.layers

@@ -32,7 +32,7 @@ class SRIDA(Method):
     level = "sequence"
 
     def __post_init__(self) -> None:
-        check_density(self.density)
+        object.__setattr__(self, "density", check_density(self.density))
         check_choice("score", self.score, ("contribution", "griffin"))
         check_count("min_prompt", self.min_prompt)
 

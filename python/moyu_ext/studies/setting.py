@@ -212,16 +212,20 @@ def find_model(name: str, data: Path | None = None) -> str:
 
 
 def load_subject(path: str) -> Subject:
-    """A model and its tokenizer in float32 on the CPU, in eval mode."""
+    """A model and its tokenizer in float32 on the CPU, in eval mode.
+
+    Raises ConfigurationError where that is nothing that can be loaded.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers, safetensors, tokenizers: each has its own family
+        reason = next(iter(str(error).splitlines()), "")
         raise ConfigurationError(
-            f"cannot load a model from {path!r} ({str(error).splitlines()[0]}); expected a name "
-            f"of an embedded model ({', '.join(TWINS)}), a Hugging Face directory, or a hub id"
+            f"cannot load a model from {path!r} ({type(error).__name__}: {reason}); expected a "
+            f"name of an embedded model ({', '.join(TWINS)}), a Hugging Face directory, or a hub id"
         ) from error
     model.eval()
     return subject_of(os.path.basename(os.path.normpath(path)), model, tokenizer)
