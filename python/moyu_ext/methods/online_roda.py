@@ -31,8 +31,8 @@ class OnlineRODA(Method):
     decoded token. The shift is what a logistic classifier needs where the classes' frequencies
     change (Saerens et al. 2002); no weight is touched, the state hangs on the cache.
 
-    router, density: as for RODA. refresh: 2 or more; None: learn from the prompt alone. The
-    refreshed tokens count with all their neurons in the realised density.
+    router, density: as for RODA. refresh: 1 or more, where 1 leaves nothing out; None: learn from
+    the prompt alone. The refreshed tokens count with all their neurons in the realised density.
 
     Raises ConfigurationError for values outside these, ArtifactError for a router of another model.
     """
@@ -48,7 +48,7 @@ class OnlineRODA(Method):
     def __post_init__(self) -> None:
         check_router(self.router)
         if self.density is not None:
-            check_density(self.density)
+            object.__setattr__(self, "density", check_density(self.density))
         if self.refresh is not None:
             check_count("refresh", self.refresh)
         check_count("min_prompt", self.min_prompt)
