@@ -96,6 +96,10 @@ def test_damaged_files_raise(tmp_path: Path, name: str, damage: str) -> None:
         ("layers", None, "does not describe thresholds"),
         ("score", "griffin", "score"),
         ("surprise", 1, "surprise"),
+        ("fingerprint", -1, "fingerprint is -1; expected a string"),
+        ("fingerprint", None, "fingerprint is None"),
+        ("fingerprint", [], "fingerprint is"),
+        ("shadows", None, "shadows is None"),
     ],
 )
 def test_configurations_that_do_not_fit_raise(

@@ -29,13 +29,43 @@ def save(
     tensors: Mapping[str, Tensor],
 ) -> None:
     """Write both files, each atomically; the configuration names the other's checksum, so that an
-    interrupted save over an older artefact is found when it is loaded."""
+    interrupted save over an older artefact is found when it is loaded.
+
+    Raises ArtifactError where an artefact of another kind is in the directory.
+    """
+    check_free(directory, kind)
     content = safetensors.torch.save({name: t.contiguous() for name, t in tensors.items()})
     whole = {"kind": kind, **config, "tensors_sha256": hashlib.sha256(content).hexdigest()}
-    folder = Path(directory)
+    folder = folder_of(directory, kind)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / TENSOR_FILE, content)
     write_atomically(folder / CONFIG_FILE, (json.dumps(whole, indent=2) + "\n").encode())
+
+
+def check_free(directory: str | os.PathLike[str], kind: str) -> None:
+    """Raise ArtifactError where `save` would overwrite an artefact of another kind: all share their
+    file names. One of the same kind may be replaced."""
+    path = folder_of(directory, kind) / CONFIG_FILE
+    try:
+        config = json.loads(path.read_bytes())
+    except (OSError, ValueError):  # nothing there, or nothing that can be loaded again
+        return
+    found = config.get("kind", kind) if isinstance(config, dict) else kind
+    if found != kind:
+        raise ArtifactError(
+            f"{path.parent} holds saved {found}, which {kind} would overwrite (both have the "
+            f"same file names); save into another folder, or delete {CONFIG_FILE} and "
+            f"{TENSOR_FILE} there first"
+        )
+
+
+def folder_of(directory: str | os.PathLike[str], kind: str) -> Path:
+    """The directory of an artefact. Raises ConfigurationError where it is no path."""
+    if not isinstance(directory, (str, os.PathLike)):
+        raise ConfigurationError(
+            f"directory is {directory!r}; expected a path: the folder where {kind} are or will be"
+        )
+    return Path(directory)
 
 
 def load(
@@ -44,9 +74,9 @@ def load(
     """The configuration that was saved, and the tensors. `again`: how to make the artefact anew.
 
     Raises ArtifactError where a file is missing, truncated, corrupt, of another kind, from another
-    save or of another format version.
+    save or of another format version, ConfigurationError where `directory` is no path.
     """
-    folder = Path(directory)
+    folder = folder_of(directory, kind)
     config = _config(folder, kind, version, again)
     content = _read(folder / TENSOR_FILE, kind)
     actual, expected = hashlib.sha256(content).hexdigest(), config.pop("tensors_sha256")

@@ -35,7 +35,7 @@ class LayerThreshold:
     max: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Thresholds:
     """Thresholds of one model, layer by layer, and how they were found.
 
@@ -85,11 +85,26 @@ class Thresholds:
                 f"thresholds: bits has {len(self.bits)} entries for {len(self.layers)} layers and "
                 f'score {self.score!r}; expected one per layer for "shadow", else none'
             )
+        for name in ("fingerprint", "shadows"):
+            # Anything else would pass for "made by hand", whose model is not checked.
+            if not isinstance(getattr(self, name), str):
+                raise ConfigurationError(
+                    f"thresholds: {name} is {getattr(self, name)!r}; expected a string"
+                )
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ConfigurationError(
                     f"thresholds: {name} is {getattr(self, name)!r}; expected one of {allowed}"
                 )
+
+    def __repr__(self) -> str:
+        low = min(layer.epsilon for layer in self.layers)
+        high = max(layer.epsilon for layer in self.layers)
+        return (
+            f"Thresholds(<{len(self.layers)} layers, epsilon {low:.4g}..{high:.4g}>, "
+            f"method={self.method!r}, score={self.score!r}, cett={self.cett}, "
+            f"density={self.density:.4g}, model={self.model!r}, fingerprint={self.fingerprint!r})"
+        )
 
     @property
     def epsilon(self) -> Tensor:
@@ -102,7 +117,10 @@ class Thresholds:
         return sum(layer.density for layer in self.layers) / len(self.layers)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Write `moyu_config.json` and `moyu.safetensors`, each atomically."""
+        """Write `moyu_config.json` and `moyu.safetensors`, each atomically.
+
+        Raises ArtifactError where a router or experts are saved in the directory.
+        """
         config = dataclasses.asdict(self)
         _artifact.save(directory, "thresholds", config, {"epsilon": self.epsilon})
 
@@ -111,7 +129,7 @@ class Thresholds:
         """Read what `save_pretrained` wrote.
 
         Raises ArtifactError where a file is missing, truncated, corrupt, from another save, or of
-        a format that this version does not read.
+        a format that this version does not read, ConfigurationError where `directory` is no path.
         """
         config, tensors = _artifact.load(directory, "thresholds", FORMAT_VERSION, _AGAIN)
         try:

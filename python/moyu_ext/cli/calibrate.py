@@ -83,7 +83,7 @@ def calibrate(
         raise ConfigurationError(f"--score is {score!r}; expected product or gate")
     if score == "gate" and method != "tda":
         raise ConfigurationError(f"--score gate goes with --method tda, not with {method}")
-    common.make_directory(out)
+    common.make_directory(out, "thresholds")
     lm, tokenizer = common.load_model(model, dtype, device)
     import moyu_ext
 

@@ -69,11 +69,16 @@ def check_json(path: Path | None) -> None:
         raise _unwritable(path, error) from error
 
 
-def make_directory(path: Path) -> None:
-    """Make the directory of --out now, rather than after the work.
+def make_directory(path: Path, kind: str | None = None) -> None:
+    """Make the directory of --out now, rather than after the work. kind: what will be saved there.
 
-    Raises ConfigurationError where that cannot be done.
+    Raises ConfigurationError where that cannot be done, ArtifactError where an artefact of another
+    kind is in the way.
     """
+    if kind is not None:
+        from .._artifact import check_free
+
+        check_free(path, kind)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -46,7 +46,7 @@ def split_experts(
         moyu split-experts ./Llama-2-7b-hf --experts 32 --split coactivation --device cuda --out e
     """
     common.check_json(json)
-    common.make_directory(out)
+    common.make_directory(out, "experts")
     lm, tokenizer = common.load_model(model, dtype, device)
     from ..routers.split import split_experts as run
 

@@ -64,7 +64,7 @@ def train_router(
         moyu generate stories_relu -p "One day" --method roda --router router
     """
     common.check_json(json)
-    common.make_directory(out)
+    common.make_directory(out, "router")
     lm, tokenizer = common.load_model(model, dtype, device)
     from ..routers.train import train_router as train
 

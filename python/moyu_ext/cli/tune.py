@@ -86,7 +86,7 @@ def tune(
         raise ConfigurationError(f"--score gate goes with --method tda, not with {method}")
     if bits is not None and method != "qrida":
         raise ConfigurationError(f"--bits goes with --method qrida, not with {method}")
-    common.make_directory(out)
+    common.make_directory(out, "thresholds")
     lm, tokenizer = common.load_model(model, dtype, device)
     from ..calibration.tune import BITS
     from ..calibration.tune import tune as run

@@ -16,7 +16,7 @@ _AGAIN = "split the model again (`moyu split-experts MODEL`)"
 _TENSORS = ("assignment", "first", "second", "bias")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LayerExperts:
     """Experts of one layer and the router that scores them: second tanh(first x) + bias.
 
@@ -34,6 +34,13 @@ class LayerExperts:
     oracle: float
     chance: float
 
+    def __repr__(self) -> str:
+        d, f = self.first.shape[1], len(self.assignment)
+        return (
+            f"LayerExperts(<{self.experts} experts, d {d}, f {f}>, captured={self.captured:.4g}, "
+            f"oracle={self.oracle:.4g}, chance={self.chance:.4g})"
+        )
+
     @property
     def experts(self) -> int:
         """E."""
@@ -44,7 +51,7 @@ class LayerExperts:
         return torch.tanh(x.float() @ self.first.t()) @ self.second.t() + self.bias
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Experts:
     """The experts of one model, layer by layer; `split` says how neurons were grouped."""
 
@@ -61,12 +68,21 @@ class Experts:
         if not self.layers:
             raise ConfigurationError("experts: expected at least one layer, got none")
 
+    def __repr__(self) -> str:
+        return (
+            f"Experts(<{len(self.layers)} layers, {self.layers[0].experts} experts by "
+            f"{self.split}>, model={self.model!r}, fingerprint={self.fingerprint!r})"
+        )
+
     def mean(self, field: str) -> float:
         """Mean over layers of a number of `LayerExperts`, such as "captured"."""
         return sum(getattr(layer, field) for layer in self.layers) / len(self.layers)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Write `moyu_config.json` and `moyu.safetensors`, each atomically."""
+        """Write `moyu_config.json` and `moyu.safetensors`, each atomically.
+
+        Raises ArtifactError where thresholds or a router are saved in the directory.
+        """
         _artifact.save_layers(directory, "experts", self, _TENSORS)
 
     @classmethod
@@ -74,7 +90,7 @@ class Experts:
         """Read what `save_pretrained` wrote.
 
         Raises ArtifactError where a file is missing, truncated, corrupt, from another save, or of
-        a format that this version does not read.
+        a format that this version does not read, ConfigurationError where `directory` is no path.
         """
         return _artifact.load_layers(
             directory, "experts", cls, LayerExperts, _TENSORS, FORMAT_VERSION, _AGAIN

@@ -16,7 +16,7 @@ _AGAIN = "train the router again (`moyu train-router MODEL`)"
 _TENSORS = ("first", "second", "bias", "quantiles", "rate")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LayerRouter:
     """The predictor of one layer: scores(x) = second (first x) + bias, a logit per neuron.
 
@@ -41,6 +41,13 @@ class LayerRouter:
     energy: float
     labels: float
 
+    def __repr__(self) -> str:
+        (f, rank), d = self.second.shape, self.first.shape[1]
+        return (
+            f"LayerRouter(<rank {rank}, d {d}, f {f}>, recall={self.recall:.4g}, "
+            f"precision={self.precision:.4g}, density={self.density:.4g})"
+        )
+
     @property
     def rank(self) -> int:
         """r, the width between the two linear layers."""
@@ -59,7 +66,7 @@ class LayerRouter:
         return a + (b - a) * (place - low)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Router:
     """The routers of one model, layer by layer, and how they were trained.
 
@@ -81,12 +88,23 @@ class Router:
         if not self.layers:
             raise ConfigurationError("router: expected at least one layer, got none")
 
+    def __repr__(self) -> str:
+        ranks = sorted({layer.rank for layer in self.layers})
+        shown = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}..{ranks[-1]}"
+        return (
+            f"Router(<{len(self.layers)} layers, rank {shown}>, cett={self.cett}, "
+            f"recall={self.recall}, model={self.model!r}, fingerprint={self.fingerprint!r})"
+        )
+
     def mean(self, field: str) -> float:
         """Mean over layers of a number of `LayerRouter`, such as "recall"."""
         return sum(getattr(layer, field) for layer in self.layers) / len(self.layers)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Write `moyu_config.json` and `moyu.safetensors`, each atomically."""
+        """Write `moyu_config.json` and `moyu.safetensors`, each atomically.
+
+        Raises ArtifactError where thresholds or experts are saved in the directory.
+        """
         _artifact.save_layers(directory, "router", self, _TENSORS)
 
     @classmethod
@@ -94,7 +112,7 @@ class Router:
         """Read what `save_pretrained` wrote.
 
         Raises ArtifactError where a file is missing, truncated, corrupt, from another save, or of
-        a format that this version does not read.
+        a format that this version does not read, ConfigurationError where `directory` is no path.
         """
         return _artifact.load_layers(
             directory, "router", cls, LayerRouter, _TENSORS, FORMAT_VERSION, _AGAIN

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from .._artifact import check_free
 from .._files import write_atomically
 from .._progress import steps
 from ..calibration.calibrate import calibrate
@@ -64,8 +65,11 @@ def train_router(
     to 2 GiB of recorded inputs. The model is left as it was.
 
     Raises ConfigurationError for values or texts that cannot be used, PatchStateError for a patched
-    model or one in training mode, UnsupportedModelError where the MLPs are not known.
+    model or one in training mode, UnsupportedModelError where the MLPs are not known, ArtifactError
+    where `out` holds an artefact of another kind.
     """
+    if out is not None:  # not after the training
+        check_free(out, "router")
     _check(cett, recall, rank, max_tokens, epochs)
     sites = find_mlps(model)
     if any(getattr(site.entry, "is_stand_in", False) for site in sites):

@@ -38,7 +38,7 @@ class Codes:
     bits: int
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Shadow:
     """The shadow of one MLP: data uint8 [f, record bytes], for hidden size d.
 
@@ -49,6 +49,10 @@ class Shadow:
     d: int
     bits_gate: int
     bits_up: int
+
+    def __repr__(self) -> str:
+        f = self.data.shape[0]
+        return f"Shadow(<f {f}, d {self.d}>, bits_gate={self.bits_gate}, bits_up={self.bits_up})"
 
     @property
     def gated(self) -> bool:

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from .._artifact import folder_of
 from .._files import write_atomically
 from .._progress import steps
 from ..calibration.cett import LayerTokens
@@ -40,7 +42,7 @@ _SAMPLES = 8
 _WRITTEN = 64
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Shadows:
     """The shadows of a model's MLPs, layer by layer, and the fingerprint of its weights.
 
@@ -169,7 +171,7 @@ class Shadows:
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write the side-car file into `directory`, atomically."""
-        folder = Path(directory)
+        folder = folder_of(directory, "shadows")
         folder.mkdir(parents=True, exist_ok=True)
         tensors, offset = {}, 0
         digests = []
@@ -200,29 +202,35 @@ class Shadows:
         """Map the side-car file of `directory` into memory.
 
         verify: compare the checksums, which reads the file once. Raises ArtifactError where the
-        file is missing, truncated, corrupt, or of a format that this version does not read.
+        file is missing, truncated, corrupt, or of a format that this version does not read,
+        ConfigurationError where `directory` is no path.
         """
-        path = Path(directory) / FILE
-        about, start = _read_header(path)
-        shapes = [(d, gate, up) for d, gate, up in about["layers"]]
-        data = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+        path = folder_of(directory, "shadows") / FILE
+        about, tensors = _open(path)
         layers = []
-        for index, (d, bits_gate, bits_up) in enumerate(shapes):
-            f, width = about["shapes"][index]
-            if width != record_bytes(d, bits_gate, bits_up):
-                raise _bad(path, f"layer {index} has records of {width} bytes")
-            if start + f * width > len(data):
-                raise _bad(path, "it is truncated")
-            layers.append(
-                Shadow(data[start : start + f * width].view(f, width), d, bits_gate, bits_up)
-            )
-            start += f * width
+        for index, (data, (d, bits_gate, bits_up)) in enumerate(
+            zip(tensors, about["layers"], strict=True)
+        ):
+            width = record_bytes(d, bits_gate, bits_up)
+            if data.dtype != torch.uint8 or data.dim() != 2 or data.shape[1] != width:
+                raise _bad(
+                    path,
+                    f"layer {index} is {data.dtype} {list(data.shape)}, expected bytes [neurons, "
+                    f"{width}] for hidden size {d} and bits {bits_gate}, {bits_up}",
+                )
+            layers.append(Shadow(data, d, bits_gate, bits_up))
             digest = about["sha256"][index]
             if verify and hashlib.sha256(_bytes(layers[-1])).hexdigest() != digest:
                 raise _bad(path, f"the bytes of layer {index} do not match their checksum")
-        if start != len(data):
-            raise _bad(path, f"it has {len(data)} bytes, expected {start}")
         return cls(tuple(layers), about["fingerprint"], about["fitted"])
+
+    def __repr__(self) -> str:
+        bits = sorted(set(self.bits))
+        shown = bits[0] if len(bits) == 1 else bits
+        return (
+            f"Shadows(<{len(self.layers)} layers, bits {shown}>, "
+            f"fingerprint={self.fingerprint!r}, fitted={self.fitted})"
+        )
 
 
 def _pairs(bits: Any, layers: int) -> list[tuple[int, int]]:
@@ -245,40 +253,37 @@ def _bad(path: Path, reason: str) -> ArtifactError:
     return ArtifactError(f"{path} holds no shadows that can be used: {reason}; build them again")
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """What the file says of itself, and where its data begin."""
+def _open(path: Path) -> tuple[dict[str, Any], list[Tensor]]:
+    """What the file says of itself, and its layers, which are mapped and not read."""
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            # The length may be any number where the file is something else.
-            text = file.read(min(length, path.stat().st_size))
+        with safe_open(path, framework="pt") as file:
+            about = _check_about(json.loads((file.metadata() or {})["moyu"]))
+            return about, [file.get_tensor(f"layers.{i}") for i in range(len(about["layers"]))]
     except OSError as error:
         raise ArtifactError(
-            f"cannot read {path} ({error.strerror}); expected a folder written by "
+            f"cannot read {path} ({error.strerror or error}); expected a folder written by "
             "Shadows.save_pretrained"
         ) from error
-    try:
-        header = json.loads(text)
-        about = json.loads(header["__metadata__"]["moyu"])
-        if about["format_version"] != FORMAT_VERSION:
-            raise _bad(
-                path,
-                f"it has format version {about['format_version']}, this moyu_ext reads "
-                f"{FORMAT_VERSION}",
-            )
-        about["shapes"] = [header[f"layers.{i}"]["shape"] for i in range(len(about["layers"]))]
-        for d, bits_gate, bits_up in about["layers"]:
-            if d < 1 or bits_gate not in (0, *BITS) or bits_up not in BITS:
-                raise ValueError(f"bits {bits_gate}, {bits_up} at hidden size {d}")
-        if not len(about["layers"]) == len(about["sha256"]) > 0:
-            raise ValueError("layers and checksums differ in number")
-        if not isinstance(about["fitted"], bool) or not isinstance(about["fingerprint"], str):
-            raise ValueError("fitted or fingerprint is something else")
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, ArtifactError):
-            raise
-        raise _bad(path, f"its header is truncated or not ours ({error})") from error
-    return about, 8 + length
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise _bad(path, f"it is truncated, or its header is not ours ({error})") from error
+
+
+def _check_about(about: Any) -> Any:
+    """`about` as it is. Raises ValueError, KeyError or TypeError where it is not as we write it."""
+    if about["format_version"] != FORMAT_VERSION:
+        raise ValueError(
+            f"it has format version {about['format_version']!r}, this moyu_ext reads "
+            f"{FORMAT_VERSION}"
+        )
+    for d, bits_gate, bits_up in about["layers"]:
+        whole = {type(d), type(bits_gate), type(bits_up)} == {int}
+        if not whole or d < 1 or bits_gate not in (0, *BITS) or bits_up not in BITS:
+            raise ValueError(f"bits {bits_gate!r}, {bits_up!r} at hidden size {d!r}")
+    if not len(about["layers"]) == len(about["sha256"]) > 0:
+        raise ValueError("layers and checksums differ in number")
+    if not isinstance(about["fitted"], bool) or not isinstance(about["fingerprint"], str):
+        raise ValueError("fitted or fingerprint is something else")
+    return about
 
 
 def _alike(shadow: Shadow, weights: MlpWeights) -> bool:
