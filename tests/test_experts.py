@@ -162,3 +162,30 @@ def test_other_forms_are_refused(prompt) -> None:
     odd.set_experts_implementation("moyu")
     with pytest.raises(UnsupportedModelError, match="its activation is"):
         odd(prompt(3))
+
+
+def test_use_runs_the_operator(prompt, calls) -> None:
+    model = make("Mixtral")
+    assert door.use(model) is model
+    with torch.no_grad():
+        model(prompt(3))
+    assert len(calls) > 0
+
+
+@pytest.mark.parametrize("name", ["Llama4", "JetMoe", "Llama"])
+def test_use_refuses_where_it_would_have_no_effect(name: str) -> None:
+    small = {"num_local_experts": 2, "intermediate_size": 24, "intermediate_size_mlp": 24}
+    config = getattr(transformers, "Llama4TextConfig" if name == "Llama4" else f"{name}Config")
+    model = getattr(transformers, f"{name}ForCausalLM")(
+        config(**{**COMMON, **small, "head_dim": 8})
+    )
+    with pytest.raises(UnsupportedModelError, match=f"no effect on {name}ForCausalLM"):
+        door.use(model)
+
+
+def test_use_refuses_experts_of_another_form_before_a_forward() -> None:
+    model = make("Mixtral")
+    model.model.layers[1].mlp.experts.has_bias = True
+    with pytest.raises(UnsupportedModelError, match="has_bias is True"):
+        door.use(model)
+    assert model.config._experts_implementation == "eager"

@@ -2,8 +2,8 @@
 
 Importing this module registers the implementation "moyu", so that
 
-    import moyu_ext.integrations.experts
-    model.set_experts_implementation("moyu")     # "eager" again undoes it
+    from moyu_ext.integrations import experts
+    experts.use(model)     # model.set_experts_implementation("eager") undoes it
 
 runs each token's experts through `ops.sparse_mlp`: the model's own router is the router of RIDA
 (arXiv 2406.12569, section 2.3), its choice the `given` plan. Importing it imports transformers.
@@ -24,6 +24,29 @@ from ..patching.families import DTYPES, activation_name
 
 NAME = "moyu"
 _ACTIVATION = "_moyu_activation"
+
+
+def use(model: Any) -> Any:
+    """model.set_experts_implementation("moyu") where that has an effect on all experts; the model.
+
+    By itself it changes nothing, without a word, in a model whose experts do not ask transformers
+    for an implementation, and tells only in the first forward of experts of another form.
+
+    Raises UnsupportedModelError for such a model, which is left as it was.
+    """
+    # What transformers' decorator for experts gives to a class.
+    modules = [m for m in model.modules() if hasattr(type(m), "_apply_gate")]
+    for module in modules:
+        _check(module)
+    if modules and hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation(NAME)
+    if not modules or any(m.config._experts_implementation != NAME for m in modules):
+        raise UnsupportedModelError(
+            f'experts implementation "{NAME}" has no effect on {type(model).__name__}: its experts '
+            "do not run through transformers' experts interface; expected a mixture of experts "
+            "that does, such as Mixtral or Qwen3-MoE. For a dense MLP use moyu_ext.patch(model)"
+        )
+    return model
 
 
 def experts_forward(
