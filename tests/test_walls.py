@@ -89,6 +89,16 @@ def test_import_is_inert(module: str) -> None:
     assert printed(code) == (["typer"] if module == "moyu_ext.cli" else [])
 
 
+def test_every_name_is_found_and_listed() -> None:
+    code = """
+import moyu_ext
+print(*(name for name in moyu_ext.__all__ if getattr(moyu_ext, name).__name__ != name))
+print(*(moyu_ext._HOMES.keys() - set(moyu_ext.__all__)))
+print(moyu_ext.tune.__module__, moyu_ext.generation_perplexity.__module__)
+"""
+    assert printed(code) == ["moyu_ext.calibration.tune", "moyu_ext.evaluation.perplexity"]
+
+
 def test_the_operators_need_no_transformers_and_no_gpu_context() -> None:
     code = (
         "import moyu_ext.ops, sys, torch; before = torch.get_num_threads(); "

@@ -19,6 +19,8 @@ from .errors import (
 if TYPE_CHECKING:
     from .calibration.calibrate import calibrate
     from .calibration.thresholds import Thresholds
+    from .calibration.tune import tune
+    from .evaluation.perplexity import generation_perplexity
     from .methods import QRIDA, RIDA, RODA, SRIDA, STDA, TDA, Dense, OnlineRODA
     from .patching.patch import patch, report, scoring, unpatch
     from .routers.experts import Experts
@@ -43,11 +45,13 @@ _HOMES = {
     "Shadows": ".shadow.store",
     "Thresholds": ".calibration.thresholds",
     "calibrate": ".calibration.calibrate",
+    "generation_perplexity": ".evaluation.perplexity",
     "patch": ".patching.patch",
     "report": ".patching.patch",
     "scoring": ".patching.patch",
     "split_experts": ".routers.split",
     "train_router": ".routers.train",
+    "tune": ".calibration.tune",
     "unpatch": ".patching.patch",
 }
 
@@ -71,11 +75,13 @@ __all__ = [
     "Thresholds",
     "UnsupportedModelError",
     "calibrate",
+    "generation_perplexity",
     "patch",
     "report",
     "scoring",
     "split_experts",
     "train_router",
+    "tune",
     "unpatch",
 ]
 
