@@ -92,9 +92,9 @@ def test_training_refuses_before_the_work(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [*KINDS, Shadows])
 @pytest.mark.parametrize("bad", [None, 3, b"folder"])
 def test_what_is_no_path_is_refused(kind: Any, bad: Any) -> None:
-    with pytest.raises(ConfigurationError, match=r"directory is .*; expected a path"):
+    with pytest.raises(ConfigurationError, match=r"directory is .*; expected the path"):
         kind.from_pretrained(bad)
-    with pytest.raises(ConfigurationError, match=r"directory is .*; expected a path"):
+    with pytest.raises(ConfigurationError, match=r"directory is .*; expected the path"):
         make(kind).save_pretrained(bad)
 
 

@@ -63,7 +63,7 @@ def folder_of(directory: str | os.PathLike[str], kind: str) -> Path:
     """The directory of an artefact. Raises ConfigurationError where it is no path."""
     if not isinstance(directory, (str, os.PathLike)):
         raise ConfigurationError(
-            f"directory is {directory!r}; expected a path: the folder where {kind} are or will be"
+            f"directory is {directory!r}; expected the path of the folder for the {kind}"
         )
     return Path(directory)
 

@@ -27,12 +27,13 @@ _ACTIVATION = "_moyu_activation"
 
 
 def use(model: Any) -> Any:
-    """model.set_experts_implementation("moyu") where that has an effect on all experts; the model.
+    """Call model.set_experts_implementation("moyu") and check that it has an effect; the model.
 
-    By itself it changes nothing, without a word, in a model whose experts do not ask transformers
-    for an implementation, and tells only in the first forward of experts of another form.
+    transformers takes the name without a word for a model whose experts never ask for an
+    implementation (llama4_text, jetmoe), and experts of a form that the operator lacks would only
+    fail in the first forward.
 
-    Raises UnsupportedModelError for such a model, which is left as it was.
+    Raises UnsupportedModelError in both cases; the model is then left as it was.
     """
     # What transformers' decorator for experts gives to a class.
     modules = [m for m in model.modules() if hasattr(type(m), "_apply_gate")]
