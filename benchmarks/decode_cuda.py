@@ -28,16 +28,15 @@ from typing import Any
 
 import torch
 from moyu_ext.benchmarking import check_csv, geometry, method_at, write_csv
-from moyu_ext.benchmarking.cases import mlp_neurons
 from moyu_ext.benchmarking.decode import PROJECTIONS, mlp_errors
 from moyu_ext.benchmarking.geometries import Geometry
-from moyu_ext.benchmarking.probes import shadow_of
 from moyu_ext.benchmarking.random_model import random_model, weight_bytes
 from moyu_ext.benchmarking.rows import BenchmarkError, Row, make_row, quantile
 from moyu_ext.methods.base import Method, TokenRule
 from moyu_ext.patching.cache import cache_of, passing
 from moyu_ext.patching.families import find_mlps
 from moyu_ext.patching.patch import is_patched
+from moyu_ext.patching.report import read_share
 from moyu_ext.patching.sparse_mlp import SparseMLP
 from torch import Tensor, nn
 from transformers import PreTrainedModel, StaticCache
@@ -173,12 +172,6 @@ def copy_gbps(device: torch.device) -> float:
     return 2 * size / quantile(times[2:], 0.5) / 1e9
 
 
-def shadow_bytes(model: PreTrainedModel) -> int:
-    """What QRIDA reads beside the weights."""
-    rules = [shadow_of(site) for site in find_mlps(model)]
-    return sum(rule.router.shadow.data.numel() for rule in rules if rule is not None)
-
-
 @contextmanager
 def lock(file: Path | None) -> Iterator[Callable[[], None]]:
     """Several runs prepare at once; one that calls what it gets here goes on when no other prepares
@@ -259,11 +252,11 @@ def bytes_read(model: PreTrainedModel, size: Geometry) -> tuple[str, float, int]
     if not is_patched(model):
         return "dense", 1.0, read
     plan = getattr(model, "_moyu_patch").method.plan  # noqa: B009
-    density = moyu_ext.report(model).density
-    skipped = mlp_neurons("dense", size.f, size.f, size.gated)
-    skipped -= mlp_neurons(plan, density * size.f, size.f, size.gated)
+    used = moyu_ext.report(model)
+    matrices = 3 if size.gated else 2
+    skipped = matrices * size.f * (1 - read_share(plan, used.density, matrices))
     read -= round(model.config.num_hidden_layers * skipped * size.d) * model.dtype.itemsize
-    return plan, density, read + shadow_bytes(model)
+    return plan, used.density, read + used.added_bytes
 
 
 @contextmanager

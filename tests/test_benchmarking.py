@@ -12,7 +12,7 @@ import pytest
 import torch
 from moyu_ext.benchmarking import GEOMETRIES, BenchmarkError, Geometry, Machine, method_at
 from moyu_ext.benchmarking import machine as machines
-from moyu_ext.benchmarking.cases import PLANS, mlp_neurons
+from moyu_ext.benchmarking.cases import PLANS
 from moyu_ext.benchmarking.mlp import _layer_count, _Timing
 from moyu_ext.benchmarking.probes import recorded
 from moyu_ext.benchmarking.random_model import random_model, weight_bytes
@@ -96,8 +96,6 @@ def test_bytes_are_what_a_plan_must_read() -> None:
         200 * record + 3 * matrix // 2,
         200 * record,
     ]
-    assert mlp_neurons("product", 10, 100, gated=False) == 110  # W_in, then the active of W_out
-    assert mlp_neurons("given", 10, 100, gated=True) == 30
 
 
 def test_rows_have_sets_of_their_own() -> None:
@@ -209,10 +207,10 @@ def test_decode_rows(size: Geometry, dtype: torch.dtype) -> None:
         assert 0 < side.mlp_share < 1
         # All matrices of the MLPs, or, of those, what the plan reads.
         whole = size.layers * (3 if size.gated else 2) * size.d * size.f * dtype.itemsize
-        assert result.rows[1].bytes == whole and 0 < mlps.bytes <= whole + side.shadow_bytes
+        assert result.rows[1].bytes == whole and 0 < mlps.bytes <= whole + side.added_bytes
         assert step.bytes - mlps.bytes == result.rows[0].bytes - whole
     srida, qrida = (result.rows[3 * k] for k in (1, 6))
-    assert qrida.bytes - srida.bytes == result.sides[6].shadow_bytes > 0
+    assert qrida.bytes - srida.bytes == result.sides[6].added_bytes > 0
     assert len(result.as_dict()["sides"]) == 7
     json.dumps(result.as_dict())
 

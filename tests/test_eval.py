@@ -11,14 +11,15 @@ from moyu_ext.calibration.thresholds import fingerprint
 from moyu_ext.cli import app
 from moyu_ext.errors import ConfigurationError
 from moyu_ext.evaluation import evaluate, picture
-from moyu_ext.evaluation.agreement import compare, continuation_logits, dense_text
+from moyu_ext.evaluation.agreement import compare, continuation_logits, dense_text, patched
 from moyu_ext.evaluation.corpus import Corpus
 from moyu_ext.evaluation.curves import CURVES, Point, Workshop, _experts, points
 from moyu_ext.evaluation.inputs import input_thresholds, masked_inputs
-from moyu_ext.evaluation.reads import weights_read
-from moyu_ext.methods import QRIDA, RIDA, SRIDA, STDA, TDA, Dense
-from moyu_ext.patching.families import find_mlps
+from moyu_ext.methods import QRIDA, RIDA, RODA, SRIDA, STDA, TDA, Dense, OnlineRODA
+from moyu_ext.patching.patch import report, scoring
+from moyu_ext.patching.report import read_share
 from moyu_ext.routers.split import split_experts
+from moyu_ext.routers.train import train_router
 from study_support import WordTokenizer, text
 from typer.testing import CliRunner
 
@@ -295,18 +296,44 @@ def test_input_thresholds_mask_the_continuation_alone(tiny, prompt, name: str) -
         assert torch.equal(model(rows).logits, dense)
 
 
-def test_share_of_weights_read(tiny) -> None:
-    site, opt = find_mlps(tiny())[0], find_mlps(tiny("opt"))[0]  # d 32, f 96
-    assert weights_read(Dense(), 1.0, site) == 1
-    assert weights_read(SRIDA(0.25), 0.25, site) == 0.25
-    assert weights_read(TDA(0.1), 0.25, site) == pytest.approx(0.75)
-    assert weights_read(TDA(0.1, score="gate"), 0.25, site) == pytest.approx(0.5)
-    assert weights_read(TDA(0.1), 0.5, opt) == weights_read(TDA(0.1, "gate"), 0.5, opt) == 0.75
-    assert weights_read(QRIDA(0.25), 0.25, site) == pytest.approx(0.25 + 2 / 24)
-    assert weights_read(QRIDA(0.25, bits=4), 0.25, opt) == pytest.approx(0.25 + 4 / 32)
-    experts = split_experts(tiny(), WordTokenizer(), TEXTS, experts=4, epochs=1, max_tokens=900)
-    router = 16 * (32 + 4) / (3 * 32 * 96)
-    assert weights_read(RIDA(experts), 0.5, site) == pytest.approx(0.5 + router)
+def test_read_is_the_share_of_bytes_that_the_report_gives(tiny, prompt) -> None:
+    """d 32, f 96: a shadow's record of 192 bytes is far more than the b / 24 of a large model."""
+    rows = prompt(24, 2)
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny(dtype=dtype)
+        dense = 3 * 32 * 96 * dtype.itemsize
+        router = train_router(
+            model, WordTokenizer(), TEXTS, rank=4, epochs=1, max_tokens=900, progress=False
+        )
+        experts = split_experts(model, WordTokenizer(), TEXTS, experts=4, epochs=1, max_tokens=900)
+        predictor = 4 * (32 + 96) * dtype.itemsize + 4 * 96  # its bias is float32
+        gate = 16 * (32 + 4) * dtype.itemsize + 4 * dtype.itemsize
+        evaluation = evaluate.Evaluation(model, WordTokenizer(), rows, 12)
+        for method, added in (
+            (Dense(), 0),
+            (SRIDA(0.25), 0),
+            (QRIDA(0.25), 96 * 192),
+            (RODA(router, density=0.3), predictor),
+            (OnlineRODA(router, density=0.3), predictor + 4 * 96),  # the rate of each neuron
+            (RIDA(experts, density=0.5), gate),
+        ):
+            found = evaluation.measure(Point("c", "s", lambda method=method: method))
+            assert found["read"] == pytest.approx(found["density"] + added / dense), method.name
+            with patched(model, method):
+                assert [layer.added_bytes for layer in report(model).layers] == [added] * 3
+                with torch.no_grad(), scoring(model, 12):
+                    model(rows)
+                assert report(model).share == found["read"]
+
+
+@pytest.mark.parametrize(
+    ("plan", "gated", "ungated"),
+    [("dense", 1, 1), ("given", 0.25, 0.25), ("gate", 0.5, 0.625), ("product", 0.75, 0.625)],
+)
+def test_share_of_bytes_that_a_plan_reads(plan: str, gated: float, ungated: float) -> None:
+    assert read_share(plan, 0.25, 3) == gated
+    assert read_share(plan, 0.25, 2) == ungated
+    assert read_share(plan, 0.25, 3, 0.125) == gated + 0.125
 
 
 def test_calibration_text_and_scored_text_never_meet(data_dir: Path, monkeypatch) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import ops, reference
 from ..errors import ConfigurationError
+from ..patching.report import read_share
 from ..shadow.reference import choose
 from ..shadow.reference import shadow_scores as plain_scores
 from .check import verify
@@ -61,9 +62,13 @@ class Case(ABC):
     @property
     def bytes(self) -> int:
         """The weights that one call must read, mean over layers."""
+        return self._bytes(self.plan)
+
+    def _bytes(self, plan: str) -> int:
         w = self.layers[0].weights
-        neurons = mlp_neurons(self.plan, self.union, w.f, w.gated)
-        return round(neurons * w.d * w.up.element_size())
+        matrices = 3 if w.gated else 2
+        dense = matrices * w.f * w.d * w.up.element_size()
+        return round(read_share(plan, self.union / w.f, matrices) * dense)
 
     @property
     def union(self) -> float:
@@ -72,15 +77,6 @@ class Case(ABC):
 
     def __str__(self) -> str:
         return f"{self.plan} at density {self.density:.3f}, {self.x.shape[0]} rows"
-
-
-def mlp_neurons(plan: str, active: float, f: int, gated: bool) -> float:
-    """Weight rows that a plan reads: those of all neurons before it decides, then the active."""
-    before = {"given": 0, "gate": 1, "product": 2 if gated else 1}.get(plan)
-    matrices = 3 if gated else 2
-    if before is None:
-        return matrices * f
-    return before * f + (matrices - before) * active
 
 
 class TorchDense(Case):
@@ -101,6 +97,11 @@ class TorchDense(Case):
         h = F.linear(self.x, w.up, w.up_bias)
         a = act(h) if w.gate is None else act(F.linear(self.x, w.gate, w.gate_bias)) * h
         return F.linear(a, self.downs[k], w.down_bias)
+
+    @property
+    def bytes(self) -> int:
+        """See `Case`."""
+        return self._bytes("dense")
 
 
 class TorchDenseNeuronMajor(TorchDense):
@@ -270,9 +271,7 @@ class ShadowMlp(Case):
     @property
     def bytes(self) -> int:
         """The shadow, and all three matrices' rows of the active neurons."""
-        w = self.layers[0].weights
-        exact = mlp_neurons("given", self.union, w.f, w.gated) * w.d * w.up.element_size()
-        return self.shadows[0].data.numel() + round(exact)
+        return self.shadows[0].data.numel() + self._bytes("given")
 
 
 class ShadowThreshold(ShadowMlp):

@@ -16,12 +16,12 @@ from ..methods.base import Method, check_count
 from ..patching.cache import cache_of, passing
 from ..patching.families import MlpSite, find_mlps
 from ..patching.patch import patch, report, unpatch
+from ..patching.report import read_share
 from .at_density import MakeMethod
-from .cases import mlp_neurons
 from .check import verify, verify_linear
 from .geometries import Geometry, geometry
 from .machine import MIB, Bandwidth, Machine, MemoryWatch
-from .probes import Seen, mlp_clock, products, recorded, shadow_of
+from .probes import Seen, mlp_clock, products, recorded
 from .random_model import random_model, weight_bytes
 from .rows import Row, make_row, quantile
 
@@ -38,9 +38,10 @@ class Side:
 
     Times in microseconds: `prefill` per prompt, `step` per decoded token, `choose` the first step,
     in which a sequence-level method chooses the set, `mlp` of all MLPs in a decode step, and
-    `clocked` of those steps. shadow_bytes: what qRIDA reads besides. prefill_error, error: relative
-    errors of the MLPs' outputs. Of the call of `patch`: the greatest extra memory and what stays,
-    in bytes (None where unknown), and seconds. projections: whether `patch` was told so too.
+    `clocked` of those steps. added_bytes: what the method reads beside the weights. prefill_error,
+    error: relative errors of the MLPs' outputs. Of the call of `patch`: the greatest extra memory
+    and what stays, in bytes (None where unknown), and seconds. projections: whether `patch` was
+    told so too.
     """
 
     name: str
@@ -48,7 +49,7 @@ class Side:
     method: Method | None
     projections: bool = False
     density: float = 1.0
-    shadow_bytes: int = 0
+    added_bytes: int = 0
     prefill_error: float = float("nan")
     error: float = float("nan")
     prefill: list[float] = field(default_factory=list)
@@ -169,8 +170,6 @@ def measure_decode(
                     runner.run(side)
                     if r == 0:
                         runner.check(side)
-                        rules = [rule for site in runner.sites if (rule := shadow_of(site))]
-                        side.shadow_bytes = sum(x.router.shadow.data.numel() for x in rules)
     rows = []
     for side in sides:
         common: dict[str, Any] = {
@@ -190,7 +189,7 @@ def measure_decode(
                 density=side.density,
                 microseconds=side.step,
                 dense_microseconds=sides[0].step,
-                bytes=runner.bytes(side.plan, side.density) + side.shadow_bytes,
+                bytes=runner.bytes(side.plan, side.density) + side.added_bytes,
                 max_rel_err=side.error,
             ),
             make_row(
@@ -201,7 +200,7 @@ def measure_decode(
                 density=side.density,
                 microseconds=side.mlp,
                 dense_microseconds=sides[0].mlp,
-                bytes=runner.mlp_bytes(side.plan, side.density) + side.shadow_bytes,
+                bytes=runner.mlp_bytes(side.plan, side.density) + side.added_bytes,
                 max_rel_err=side.error,
             ),
             make_row(
@@ -243,7 +242,8 @@ def _patched(model: nn.Module, side: Side) -> Iterator[None]:
         side.patch_lasting_bytes = max(memory.lasting, side.patch_lasting_bytes or 0)
     try:
         yield
-        side.density = report(model).density
+        used = report(model)
+        side.density, side.added_bytes = used.density, used.added_bytes
     finally:
         unpatch(model)
 
@@ -323,6 +323,7 @@ class _Runner:
         """Those of them that are the MLPs'."""
         total = 0
         for site in self.sites:
-            count = mlp_neurons(plan, density * site.f, site.f, site.family.gate is not None)
-            total += round(count * site.d) * site.weights().up.element_size()
+            matrices = len(site.family.linears)
+            numbers = matrices * site.f * site.d * read_share(plan, density, matrices)
+            total += round(numbers) * site.weights().up.element_size()
         return total

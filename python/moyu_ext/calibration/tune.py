@@ -24,6 +24,7 @@ from ..methods.qrida import QRIDA, shadow_scorer
 from ..methods.tda import TDA
 from ..patching.families import MlpSite, find_mlps
 from ..patching.patch import patch, scoring, unpatch
+from ..patching.report import read_share
 from ..shadow.feedback import build_each_for
 from ..shadow.pack import Shadow, record_bytes
 from ..shadow.store import Shadows
@@ -353,14 +354,13 @@ class _Run:
         return found
 
     def _share(self, site: MlpSite, bits: tuple[int, int] | None) -> Callable[[float], float]:
+        matrices = len(site.family.linears)
+        if bits is None:
+            return lambda density: read_share(self.score, density, matrices)
         gated = site.family.gate is not None
-        matrices = 3 if gated else 2
-        if bits is not None:
-            size = site.weights().up.element_size()
-            record = record_bytes(site.d, bits[0] if gated else 0, bits[1])
-            return lambda density: density + record / (matrices * site.d * size)
-        known = 1 if self.score == "gate" else matrices - 1  # matrices read in full
-        return lambda density: (known + (matrices - known) * density) / matrices
+        record = record_bytes(site.d, bits[0] if gated else 0, bits[1])
+        added = record / (matrices * site.d * site.weights().up.element_size())
+        return lambda density: read_share("given", density, matrices, added)
 
     def probe(self, index: int) -> None:
         """Measure what this layer's CETT costs."""

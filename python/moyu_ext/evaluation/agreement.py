@@ -29,7 +29,8 @@ class Comparison:
     """A method against dense on continuations; tensors are per text, float64 [rows].
 
     loss, dense_loss: mean negative log likelihood (nats); agreement: share of positions whose
-    likeliest token is dense's; kl: mean KL(dense || method) in nats; density: realised.
+    likeliest token is dense's; kl: mean KL(dense || method) in nats; density: realised; share:
+    bytes read per token, of the dense MLPs' (see `Report`).
     """
 
     loss: Tensor
@@ -37,6 +38,7 @@ class Comparison:
     agreement: Tensor
     kl: Tensor
     density: float
+    share: float
 
     @property
     def perplexity(self) -> float:
@@ -106,11 +108,13 @@ def compare(
         dense = continuation_logits(model, rows, context)
     with patched(model, method):
         ours = continuation_logits(model, rows, context)
-        density = report(model).density
-    return from_logits(dense, ours, rows[:, context:].cpu(), density)
+        used = report(model)
+    return from_logits(dense, ours, rows[:, context:].cpu(), used.density, used.share)
 
 
-def from_logits(dense: Tensor, ours: Tensor, targets: Tensor, density: float) -> Comparison:
+def from_logits(
+    dense: Tensor, ours: Tensor, targets: Tensor, density: float, share: float
+) -> Comparison:
     """The comparison from logits [n, m, vocabulary] that predict targets [n, m]."""
     reference, found = dense.log_softmax(-1), ours.log_softmax(-1)
     kl = F.kl_div(found, reference, reduction="none", log_target=True).sum(-1)
@@ -120,6 +124,7 @@ def from_logits(dense: Tensor, ours: Tensor, targets: Tensor, density: float) ->
         agreement=(dense.argmax(-1) == ours.argmax(-1)).double().mean(1),
         kl=kl.double().mean(1),
         density=density,
+        share=share,
     )
 
 

@@ -20,7 +20,6 @@ from ..errors import ConfigurationError
 from ..methods.base import Method
 from ..methods.online_roda import OnlineRODA
 from ..methods.roda import RODA
-from ..patching.families import find_mlps
 from .agreement import (
     Comparison,
     compare,
@@ -32,7 +31,6 @@ from .agreement import (
 from .curves import Point
 from .inputs import input_thresholds, masked_inputs
 from .perplexity import perplexity
-from .reads import weights_read
 from .record import clean, versions
 from .rouge import MEASURES, Item, rouge, summarise
 from .router_recall import router_recall
@@ -124,10 +122,12 @@ class Evaluation:
         cut = input_thresholds(self.model, self.calibration, sparsity)
         with masked_inputs(self.model, cut, self.context, rows.shape[1]) as count:
             ours = continuation_logits(self.model, rows, self.context)
-        comparison = from_logits(dense, ours, rows[:, self.context :], count.density)
+        # It needs no more than the inputs to know which columns of every matrix it reads.
+        share = count.density
+        comparison = from_logits(dense, ours, rows[:, self.context :], count.density, share)
         found = {"method": TEAL, "setting": f"{sparsity:.0%} asked"}
         found["key"] = self.key(f"{TEAL}, {sparsity}")
-        return found | self._numbers(comparison) | {"read": comparison.density}
+        return found | self._numbers(comparison)
 
     def _texts(self) -> tuple[Tensor, Tensor, Tensor]:
         """The rows, dense logits on them, and the rows as the dense model continues them."""
@@ -145,8 +145,6 @@ class Evaluation:
     def _compared(self, method: Method) -> dict[str, Any]:
         rows, dense, written = self._texts()
         found = self._numbers(compare(self.model, method, rows, self.context, dense))
-        reads = [weights_read(method, found["density"], site) for site in find_mlps(self.model)]
-        found["read"] = sum(reads) / len(reads)
         if isinstance(method, (RODA, OnlineRODA)):
             recall = router_recall(self.model, method, rows, self.context)
             found |= {f"router_{name}": recall.mean(name) for name in ("recall", "precision")}
@@ -162,6 +160,7 @@ class Evaluation:
         interval = bootstrap(gap, self.seed)
         return {
             "density": comparison.density,
+            "read": comparison.share,
             "perplexity": comparison.perplexity,
             "dense_perplexity": comparison.dense_perplexity,
             "change": comparison.change,

@@ -20,13 +20,18 @@ from ..guard import LayerGuard
 from ..patching.families import MlpWeights
 
 
-class TokenRule(ABC):
+class LayerRule(ABC):  # noqa: B024
+    """What the rules of one layer have in common, of whatever level."""
+
+    added_bytes: int = 0
+    """What the rule keeps beside the weights and reads at each token: a shadow, a router."""
+
+
+class TokenRule(LayerRule):
     """The rule of one layer that judges each token by itself; it keeps no state of sequences."""
 
     guard: LayerGuard | None = None
     """Measures what the rule drops, where the rule is an estimate."""
-    added_bytes: int = 0
-    """What the rule keeps beside the weights and reads at each token, such as a shadow."""
 
     @abstractmethod
     def apply(self, x: Tensor, weights: MlpWeights) -> tuple[Tensor, Tensor]:
@@ -58,7 +63,7 @@ class PredictedRule(TokenRule):
         return self.choose(x)
 
 
-class SequenceRule(ABC):
+class SequenceRule(LayerRule):
     """The rule of one layer that fixes one set per sequence from a running sum over its prompt."""
 
     @abstractmethod

@@ -80,6 +80,8 @@ class _Shifted(AdaptiveRule):
         self.rate = layer.rate.to(device, torch.float32).clamp(_RARE, 1 - _RARE)
         # All that does not depend on the token or the sequence.
         self.bias = layer.bias.to(device, torch.float32) - threshold - self.rate.logit()
+        read = (self.first, self.second, self.bias, self.rate)
+        self.added_bytes = sum(tensor.nbytes for tensor in read)
         self.norms = weights.column_norms()
         self.epsilon = layer.epsilon
 

@@ -18,7 +18,7 @@ from .clock import dense_seconds
 from .families import check_hooks, find_mlps
 from .passes import Context, ScoringHooks, SequenceHooks, find_decoder, register
 from .projections import Projection, find_projections
-from .report import LayerReport, Report, bytes_share
+from .report import LayerReport, Report, read_share
 from .sparse_mlp import Bypass, SparseMLP, StandIn, make_contiguous
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -159,7 +159,7 @@ def report(model: nn.Module, *, reset: bool = False) -> Report:
         density = active / (tokens * mlp.f) if tokens else float("nan")
         site = mlp.site
         guard = getattr(mlp.rule, "guard", None)
-        added = getattr(mlp.rule, "added_bytes", 0)
+        added = mlp.rule.added_bytes
         matrices = len(site.family.linears)
         size = matrices * mlp.f * mlp.d * site.linear(site.family.up).weight.element_size()
         rows.append(
@@ -173,7 +173,7 @@ def report(model: nn.Module, *, reset: bool = False) -> Report:
                 mlp.refreshes,
                 None if guard is None else guard.report(),
                 added,
-                bytes_share(patched.method.plan, density, matrices) + added / size,
+                read_share(patched.method.plan, density, matrices, added / size),
                 mlp.clock.seconds,
                 mlp.dense_seconds,
                 size,

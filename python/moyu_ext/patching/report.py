@@ -20,10 +20,10 @@ class LayerReport:
     padding included); refreshes: sets chosen, one per sequence and prompt; guard: the true CETT and
     recall of what a router chose, where the method has one and its guard is on; added_bytes: memory
     that the method keeps beside the weights; share: bytes read per governed token, those of
-    added_bytes included, of the dense MLP's weights; seconds: mean time of the governed forwards
-    with one token but the first, and dense_seconds of the MLP before the patch (NaN off the CPU,
-    under torch.compile, and dense_seconds after the model was moved or converted); dense_bytes: of
-    the MLP's weights.
+    added_bytes included, of the dense MLP's weights in the model's dtype; seconds: mean time of the
+    governed forwards with one token but the first, and dense_seconds of the MLP before the patch
+    (NaN off the CPU, under torch.compile, and dense_seconds after the model was moved or
+    converted); dense_bytes: of the MLP's weights.
     """
 
     index: int
@@ -141,11 +141,15 @@ class Report:
         return "\n".join(lines)
 
 
-def bytes_share(plan: str, density: float, matrices: int) -> float:
-    """Of the weights of an MLP with this many matrices, what a plan reads at a density: matrices
-    that it needs to know the set are read in full."""
-    known = {"gate": 1, "product": matrices - 1}.get(plan, 0)
-    return (known + (matrices - known) * density) / matrices
+def read_share(plan: str, density: float, matrices: int, added: float = 0.0) -> float:
+    """Bytes that a token reads, of those of a dense MLP with this many matrices (3 gated, 2 not).
+
+    With m matrices: `given` reads density, `gate` (1 + (m - 1) density) / m and `product`
+    (m - 1 + density) / m, since matrices that tell which neurons are active are read in full.
+    added: what the rule reads beside the weights (`added_bytes`), over the dense MLP's bytes.
+    """
+    known = {"dense": matrices, "given": 0, "gate": 1, "product": matrices - 1}[plan]
+    return (known + (matrices - known) * density) / matrices + added
 
 
 def _percent(density: float) -> str:

@@ -17,7 +17,7 @@ from ..calibration.tune import tune
 from ..errors import ConfigurationError
 from ..methods.qrida import QRIDA
 from ..methods.tda import TDA
-from ..patching.report import bytes_share
+from ..patching.report import read_share
 from .parts import once
 from .qrida_rankings import layer_inputs, shadow_share
 from .qrida_text import Text, percent
@@ -121,7 +121,7 @@ def _budget(setting: Setting, subject: Subject) -> dict[str, Any]:
             continue
         layers = tuned.thresholds.layers
         matrices = 3 if subject.sites[0].weights().gated else 2
-        share = sum(bytes_share(plan, layer.density, matrices) for layer in layers) / len(layers)
+        share = sum(read_share(plan, layer.density, matrices) for layer in layers) / len(layers)
         bits = [list(pair) for pair in tuned.thresholds.bits]
         for layer, pair in zip(layers, bits, strict=False):
             if layer.epsilon > 0:

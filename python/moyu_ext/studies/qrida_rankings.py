@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from ..methods.base import Method, Rule, TokenRule
 from ..patching.families import MlpSite, MlpWeights, record_inputs
+from ..patching.report import read_share
 from ..reference import ACTIVATIONS
 from ..routers.train import train_router
 from ..shadow.build import build_shadow
@@ -85,7 +87,8 @@ def highest(scores: Tensor, k: int) -> Tensor:
 
 
 def shadow_share(bits_gate: int, bits_up: int, matrices: int = 3) -> float:
-    """Bytes of a shadow with its bfloat16 scales over those of the MLP in bfloat16."""
+    """Bytes of a shadow with its bfloat16 scales over those of the MLP in bfloat16, for a hidden
+    size that is a multiple of 256."""
     widths = [bits_gate, bits_up][3 - matrices :]
     return sum(bits + 16 / BLOCK for bits in widths) / (16 * matrices)
 
@@ -121,14 +124,15 @@ def rankings(
     weights = [site.weights() for site in subject.sites]
     inputs = layer_inputs(subject, rows)
     matrices = 3 if weights[0].gated else 2
-    first = (matrices - 1) / matrices
-    found = [Ranking(EXACT, [_exact(w) for w in weights], lambda r: first + r / matrices)]
+    after_up = partial(read_share, "product", matrices=matrices)
+    found = [Ranking(EXACT, [_exact(w) for w in weights], after_up)]
     if matrices == 3:
         gates: list[Scorer] = [lambda x, gate, a: gate.abs()] * len(weights)
+        after_gate = partial(read_share, "gate", matrices=matrices)
         scales = [_up_scale(x, w) for x, w in zip(inputs, weights, strict=True)]
         found += [
-            Ranking(CATS, gates, lambda r: (1 + 2 * r) / 3),
-            Ranking(WEIGHTED, [_scaled_gate(s) for s in scales], lambda r: (1 + 2 * r) / 3),
+            Ranking(CATS, gates, after_gate),
+            Ranking(WEIGHTED, [_scaled_gate(s) for s in scales], after_gate),
         ]
     found.append(Ranking(SIGNS, [_signs(w) for w in weights], lambda r: r + 1 / (16 * matrices)))
     for pair in BITS:
