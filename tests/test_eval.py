@@ -134,6 +134,16 @@ def evaluation(model, rows: torch.Tensor, **settings: Any) -> evaluate.Evaluatio
     return evaluate.Evaluation(model, WordTokenizer(), rows, 12, **settings)
 
 
+def test_results_of_another_meaning_are_measured_anew(tiny, prompt, monkeypatch) -> None:
+    def key() -> str:
+        return evaluate.Evaluation(tiny(), None, prompt(24, 2), 12).key("dense")
+
+    before = key()
+    assert key() == before
+    monkeypatch.setattr(evaluate, "_MEANING", evaluate._MEANING + 1)
+    assert key() != before
+
+
 def test_an_interrupted_run_goes_on_and_loses_nothing(tiny, prompt, tmp_path: Path) -> None:
     model, rows = tiny(), prompt(24, 4)
     path = tmp_path / "eval.json"
@@ -276,6 +286,10 @@ def test_numbers_of_a_comparison(tiny, prompt) -> None:
     p, q = dense.double().softmax(-1), ours.double().softmax(-1)
     kl = (p * (p.log() - q.log())).sum(-1).mean(1)
     assert torch.allclose(found.kl, kl, atol=1e-6)
+    # That one agrees by construction, and would hide how often the method itself does.
+    same = (ours.argmax(-1) == dense.argmax(-1)).double()
+    assert same[:, 0].all() and not same.all()
+    assert torch.equal(found.agreement, same[:, 1:].mean(1))
     assert found.change == pytest.approx(found.perplexity / found.dense_perplexity - 1, rel=1e-6)
     with pytest.raises(ConfigurationError, match="context is 20"):
         compare(model, SRIDA(), rows, 20)

@@ -14,11 +14,11 @@ from ..calibration.calibrate import calibrate
 from ..calibration.cett import LayerTokens
 from ..calibration.text import encode, write_own
 from ..calibration.thresholds import Thresholds
+from ..evaluation.agreement import agreement, choices, dense_text
 from ..evaluation.perplexity import generation_perplexity
 from ..methods import METHODS, SRIDA, STDA, TDA, Dense, Method
 from ..patching.families import find_mlps, record_inputs
 from ..patching.patch import patch, report, unpatch
-from .greedy import agreement, choices
 
 CETT = 0.2
 DENSITY = 0.5  # of the methods that rank neurons by the prompt
@@ -43,7 +43,7 @@ class Row:
 
     `density` is realised, `densities` the same per layer. `perplexity`: of the continuations, in
     the regime of generation; `increase` over dense. `agreement`: share of the dense model's greedy
-    tokens that the method would choose too, given the same text so far.
+    tokens that the method would choose too, given the same text so far (see `agreement`).
     """
 
     name: str
@@ -141,8 +141,8 @@ def measure(name: str, model: Any, tokenizer: Any, size: Size, step: Step) -> Mo
     result.curves = _curves(model, ids, result.calibration["tda, product"])
     step("the dense model")
     dense = generation_perplexity(model, ids, **scored).perplexity
-    dense_text = _greedy(model, ids[:, : size.context], size.story, to_the_end=True)
-    dense_choices = choices(model, dense_text, size.context)
+    story = dense_text(model, ids[:, : size.context], size.story)
+    dense_choices = choices(model, story, size.context)
     prompt = torch.tensor([encode(tokenizer, PROMPT)])
     for case in cases():
         step(case.name)
@@ -157,7 +157,7 @@ def measure(name: str, model: Any, tokenizer: Any, size: Size, step: Step) -> Mo
             density=used.density,
             perplexity=perplexity,
             increase=perplexity / dense - 1,
-            agreement=agreement(choices(model, dense_text, size.context), dense_choices),
+            agreement=agreement(choices(model, story, size.context), dense_choices).mean().item(),
             densities=[layer.density for layer in used.layers],
             story=tokenizer.decode(_greedy(model, prompt, size.story)[0], True),
         )
@@ -189,14 +189,13 @@ def _calibrate(
     return found
 
 
-def _greedy(model: Any, ids: Tensor, new: int, to_the_end: bool = False) -> Tensor:
-    """ids [rows, T] -> [rows, at most T + new]; `to_the_end`: past the end of the text too."""
+def _greedy(model: Any, ids: Tensor, new: int) -> Tensor:
+    """ids [rows, T] -> [rows, at most T + new]."""
     out: Tensor = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         do_sample=False,
         max_new_tokens=new,
-        min_new_tokens=new if to_the_end else None,
     )
     return out
 

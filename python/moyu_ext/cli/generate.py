@@ -160,14 +160,14 @@ def generate(
         "tokens_per_second": run.tokens_per_second,
     }
     if compare:
-        from .greedy import agreement, choices
+        from ..evaluation.agreement import agreement, choices
 
         ours = choices(lm, run.ids, context)
         unpatch(lm)
         dense = _generate(lm, encoded, settings, seed, tokenizer, lambda text: None)
         result["dense_tokens_per_second"] = dense.tokens_per_second
         result["speedup"] = run.tokens_per_second / dense.tokens_per_second
-        result["agreement"] = agreement(ours, choices(lm, run.ids, context))
+        result["agreement"] = agreement(ours, choices(lm, run.ids, context)).item()
     _summary(result, used.cost() if used.share < 1 else None)
     common.write_json(json, result)
 

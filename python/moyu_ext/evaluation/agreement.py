@@ -28,9 +28,9 @@ _TOKENS_PER_FORWARD = 4096
 class Comparison:
     """A method against dense on continuations; tensors are per text, float64 [rows].
 
-    loss, dense_loss: mean negative log likelihood (nats); agreement: share of positions whose
-    likeliest token is dense's; kl: mean KL(dense || method) in nats; density: realised; share:
-    bytes read per token, of the dense MLPs' (see `Report`).
+    loss, dense_loss: mean negative log likelihood (nats); agreement: see `agreement`; kl: mean
+    KL(dense || method) in nats; density: realised; share: bytes read per token, of the dense MLPs'
+    (see `Report`).
     """
 
     loss: Tensor
@@ -88,6 +88,21 @@ def continuation_logits(model: Any, rows: Tensor, context: int) -> Tensor:
     return torch.cat(parts)
 
 
+def choices(model: Any, rows: Tensor, context: int) -> Tensor:
+    """The likeliest token for each of the columns `context`... of rows [n, length], given those
+    before it: int64 [n, length - context]. The model may be patched or not."""
+    return continuation_logits(model, rows, context).argmax(-1)
+
+
+def agreement(ours: Tensor, dense: Tensor) -> Tensor:
+    """Share of positions where a method's likeliest token is dense's: choices [n, m] -> [n].
+
+    The first position is left out: the prompt decides it, which is dense under every method. NaN
+    where there is no other.
+    """
+    return (ours == dense)[:, 1:].double().mean(1)
+
+
 def compare(
     model: nn.Module, method: Method, rows: Tensor, context: int, dense: Tensor | None = None
 ) -> Comparison:
@@ -121,7 +136,7 @@ def from_logits(
     return Comparison(
         loss=_nll(found, targets),
         dense_loss=_nll(reference, targets),
-        agreement=(dense.argmax(-1) == ours.argmax(-1)).double().mean(1),
+        agreement=agreement(ours.argmax(-1), dense.argmax(-1)),
         kl=kl.double().mean(1),
         density=density,
         share=share,

@@ -38,6 +38,7 @@ from .statistics import bootstrap, sign_flip_p
 from .tasks import TaskScore, run_tasks
 
 INPUT_SPARSITIES = (0.3, 0.5, 0.67, 0.8)  # of the TEAL-like reference
+_MEANING = 2  # counts up where a number's meaning changes, so that no file mixes two
 TEAL = "input thresholds (TEAL), masked"
 
 
@@ -86,6 +87,7 @@ class Evaluation:
         ids = None if self.ids is None else self.ids.tolist()
         summaries = {k: [i.prompt for i in v] for k, v in self.summaries.items()}
         content = [
+            _MEANING,
             *(self.fingerprint, str(next(self.model.parameters()).dtype), self.basis),
             *(rows, self.context, self.new_tokens, ids, list(self.tasks), self.limit, summaries),
             *(self.prompt_tokens, self.summary_tokens, self.seed, versions()),
