@@ -12,6 +12,7 @@ from moyu_ext.studies.gradient import (
     CASES,
     SCALE,
     Case,
+    _smaller,
     closed_form,
     expected_gradient,
     gaussian,
@@ -118,6 +119,14 @@ def test_untrained_models_differ_by_seed_alone(tiny) -> None:
     names = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(first.get_parameter(names), same.get_parameter(names))
     assert not torch.equal(first.get_parameter(names), other.get_parameter(names))
+
+
+@pytest.mark.parametrize(
+    ("ratios", "verdict"),
+    [([0.5, 0.9], "holds"), ([0.5, 1.1], "holds only if"), ([1.0, 1.1], "fails")],
+)
+def test_smaller_gradients_of_swiglu(ratios: list[float], verdict: str) -> None:
+    assert _smaller(ratios) == verdict
 
 
 def test_study_writes_its_verdicts(tiny, tmp_path: Path) -> None:
