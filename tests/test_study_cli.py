@@ -97,3 +97,14 @@ def test_a_damaged_checkpoint_is_one_clear_line(tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:1000])
     text = said("inertia", "--model", str(tmp_path / "m"), "--out", str(tmp_path / "out"))
     assert f"cannot load a model from '{tmp_path / 'm'}' (SafetensorError" in text
+
+
+def test_resume_measures_changed_text_anew(tmp_path: Path, one_study) -> None:
+    file = tmp_path / "words.txt"
+    arguments = ("gradient", "--out", str(tmp_path / "out"), "--text", str(file), "--resume")
+    for text, runs in (("one", 1), ("one", 1), ("two", 2), ("two", 2)):
+        file.write_text(text)
+        said(*arguments, code=0)
+        assert one_study.runs == runs
+    setting = json.loads((tmp_path / "out" / "gradient.json").read_text())["setting"]
+    assert setting["text"] == "words.txt" and str(tmp_path) not in json.dumps(setting)

@@ -175,6 +175,24 @@ def test_corpus_reads_the_data_folder(data_dir: Path) -> None:
     assert not set(corpus.documents("stories")) & set(corpus.documents("stories", train=True))
 
 
+def test_setting_describes_the_content_of_the_text(tmp_path: Path, monkeypatch) -> None:
+    """Results are taken up again by it: the same names with other content are another setting."""
+    monkeypatch.delenv("MOYU_DATA", raising=False)
+    training = tmp_path / "train_mix" / "docs.json.xz"
+    heldout = tmp_path / "train_mix" / "heldout" / "cnndm.txt"
+    heldout.parent.mkdir(parents=True)
+    shipped = Setting().describe()
+    found = []
+    for file, content in ((heldout, "news"), (heldout, "olds"), (training, "x"), (training, "y")):
+        file.write_text(content)
+        found.append(Setting(data=tmp_path).describe())
+        assert found[-1] == Setting(data=tmp_path).describe()
+    digests = {one["text_digest"] for one in [shipped, *found]}
+    assert len(digests) == 5 and {one["text"] for one in found} == {"data folder"}
+    with pytest.raises(ConfigurationError, match="cannot read the file"):
+        Setting(texts=[tmp_path / "nowhere.txt"]).describe()
+
+
 def test_missing_data_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOYU_DATA", str(tmp_path / "nowhere"))
     with pytest.raises(ConfigurationError, match=r"nowhere is not a directory.*--data"):

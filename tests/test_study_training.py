@@ -47,10 +47,16 @@ def test_an_interrupted_run_ends_like_one_that_was_not(
     again = training.train_one("relu", 0, train, TEXTS, (0, 2, 4), tmp_path / "cut")
     assert steps == [0, 1, 2, 3, 2, 3]  # from the last point that was measured
     assert again == whole
-    # Another setting does not take up this run.
+    # Another setting does not take up this run, nor does other text of the same length.
+    texts = [*TEXTS, "one", "two", "end"]
+    other = train.clone()
+    other[-1] += 1
+    for now, measured in ((train, texts), (train, [*texts[:-1], "and"]), (other, texts)):
+        training.train_one("relu", 0, now, measured, (0, 2, 4), tmp_path / "cut")
+    assert steps[6:] == 3 * [0, 1, 2, 3]
     monkeypatch.setattr(training, "RATE", 1e-3)
-    training.train_one("relu", 0, train, TEXTS, (0, 2, 4), tmp_path / "cut")
-    assert steps[6:] == [0, 1, 2, 3]
+    training.train_one("relu", 0, other, texts, (0, 2, 4), tmp_path / "cut")
+    assert steps[18:] == [0, 1, 2, 3]
 
 
 def test_zeros_and_sparsity_of_a_point() -> None:

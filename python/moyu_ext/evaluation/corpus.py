@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import lzma
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .. import embedded
 from ..calibration.text import read_texts
@@ -51,6 +53,18 @@ class Corpus:
             return ", ".join(path.name for path in self.texts)
         return "data folder" if self.data else SHIPPED
 
+    def digest(self) -> str:
+        """Of the content of all that `documents` reads."""
+        content: list[Any]
+        if self.texts:
+            content = [read_texts(path, _ENOUGH) for path in self.texts]
+        elif self.data is None:
+            content = embedded.heldout()
+        else:
+            files = [*map(self._heldout, DOMAINS), self._training]
+            content = [hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.is_file()]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
     def domains(self) -> list[str]:
         """Names of the domains, the main one first."""
         if self.texts:
@@ -73,11 +87,16 @@ class Corpus:
             return _halves(read_texts(self.texts[known.index(name)], _ENOUGH))[train]
         if self.data is None:
             return _halves(embedded.heldout())[train]
-        file = self.data / "train_mix" / "docs.json.xz"
+        file = self._training
         if train and file.is_file():
             return _training_documents(file)[DOMAINS[name][1]]
         whole = read_texts(self._heldout(name), _ENOUGH)
         return _halves(whole)[train] if not file.is_file() else whole
+
+    @property
+    def _training(self) -> Path:
+        assert self.data is not None
+        return self.data / "train_mix" / "docs.json.xz"
 
     def _heldout(self, name: str) -> Path:
         assert self.data is not None

@@ -81,9 +81,10 @@ class Setting:
         self.data = self.corpus.data
 
     def describe(self) -> dict[str, Any]:
-        """What results have to say of the setting; no paths."""
+        """What results have to say of the setting, and depend on; no paths."""
         text = self.corpus.describe() if self.given else f"{SHIPPED}, and text made from a seed"
-        return {"seed": self.seed, "quick": self.quick, "text": text}
+        digest = self.corpus.digest()
+        return {"seed": self.seed, "quick": self.quick, "text": text, "text_digest": digest}
 
     @property
     def given(self) -> bool:

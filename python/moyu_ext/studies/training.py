@@ -101,7 +101,8 @@ def train_one(
     """What is measured at each of `points` (steps); taken up where `folder` has this run."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{activation}_{seed}.pt"
-    content = [activation, seed, points, SHAPE, LENGTH, ROWS, RATE, len(train), texts[:3]]
+    learnt = hashlib.sha256(train.numpy().tobytes()).hexdigest()
+    content = [activation, seed, points, SHAPE, LENGTH, ROWS, RATE, learnt, texts]
     key = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     model = untrained(activation, seed)
     optimiser = torch.optim.AdamW(model.parameters(), RATE, (0.9, 0.95), weight_decay=0.1)
