@@ -15,6 +15,7 @@ from moyu_ext.evaluation.agreement import compare, continuation_logits, dense_te
 from moyu_ext.evaluation.corpus import Corpus
 from moyu_ext.evaluation.curves import CURVES, Point, Workshop, _experts, points
 from moyu_ext.evaluation.inputs import input_thresholds, masked_inputs
+from moyu_ext.evaluation.tasks import TaskScore
 from moyu_ext.methods import QRIDA, RIDA, RODA, SRIDA, STDA, TDA, Dense, OnlineRODA
 from moyu_ext.patching.patch import report, scoring
 from moyu_ext.patching.report import read_share
@@ -198,6 +199,27 @@ def test_the_user_s_artefacts_are_part_of_the_key(tiny) -> None:
     shop.experts = split_experts(model, WordTokenizer(), TEXTS, split="random", seed=1, **options)
     second = points(shop, ["rida", "dense"])
     assert first[0].basis != second[0].basis and first[3].basis == second[3].basis == ""
+
+
+def test_results_of_another_artefact_are_measured_anew(tiny, prompt, tmp_path: Path) -> None:
+    """The user's router or experts may change while the configuration's name stays."""
+    model, rows, made = tiny(), prompt(24, 2), []
+
+    def point(basis: str) -> Point:
+        return Point("RODA", "recall", lambda: made.append(basis) or SRIDA(0.5), basis)
+
+    for basis, wanted in (("a", ["a"]), ("a", ["a"]), ("b", ["a", "b"])):
+        evaluate.run(evaluation(model, rows), [point(basis)], tmp_path / "eval.json")
+        assert made == wanted
+
+
+def test_differences_of_tasks_are_the_method_less_dense(tiny) -> None:
+    dense = {"metric": "acc", "value": 0.5, "stderr": 0.1, "documents": 4}
+    one = evaluate.Evaluation(tiny(), None, None, 12)
+    one.restore({"tasks": {"piqa": dense | {"per_document": [1.0, 1.0, 0.0, 0.0]}}})
+    found = one._task(TaskScore("piqa", "acc", 0.25, 0.1, 4, [1.0, 0.0, 0.0, 0.0]))
+    assert found["difference"] == -0.25, "worse than dense"
+    assert 0 < found["p"] <= 1
 
 
 @pytest.mark.usefixtures("no_data")

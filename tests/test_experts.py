@@ -153,6 +153,15 @@ def test_experts_of_other_processes_are_left_out() -> None:
     assert torch.allclose(2 * found, both, atol=1e-6)
 
 
+@pytest.mark.parametrize(("dtype", "device"), [("float64", "cpu"), ("float32", "meta")])
+def test_weights_that_the_operator_lacks_are_refused(dtype: str, device: str, calls) -> None:
+    module = make("Mixtral").model.layers[0].mlp.experts.to(getattr(torch, dtype)).to(device)
+    x = torch.zeros(1, 32, dtype=getattr(torch, dtype))
+    with torch.no_grad(), pytest.raises(UnsupportedModelError, match=f"{dtype} on {device}"):
+        door.experts_forward(module, x, torch.tensor([[0, 1]]), torch.ones(1, 2))
+    assert calls == []
+
+
 def test_other_forms_are_refused(prompt) -> None:
     model = make("GptOss", intermediate_size=32, num_local_experts=4, head_dim=8)
     model.set_experts_implementation("moyu")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from moyu_ext.evaluation.perplexity import generation_perplexity
 from moyu_ext.methods.base import Method, compact
+from moyu_ext.methods.online_roda import OnlineRODA
 from moyu_ext.methods.roda import RODA
 from moyu_ext.patching.cache import cache_of, passing
 from moyu_ext.patching.families import find_mlps
@@ -91,6 +92,25 @@ def test_apply_computes_the_predicted_neurons(trained, rows: int, dtype: torch.d
     )  # fmt: skip
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     assert torch.allclose(out.float(), expected.float(), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("bad", ["x", "router"])
+def test_nan_counts_as_active(tiny, bad: str) -> None:
+    """So that it reaches the output, rather than be left out in silence."""
+    model = tiny("llama-relu")
+    w = find_mlps(model)[0].weights()
+    router = exact_router(model, threshold=1e9)
+    x = torch.ones(2, w.d)
+    if bad == "x":
+        x[1, 3] = torch.nan
+        wanted = torch.tensor([False, True])[:, None].expand(2, w.f)
+    else:
+        router.layers[0].bias[5] = torch.nan
+        wanted = (torch.arange(w.f) == 5).expand(2, w.f)
+    assert torch.equal(RODA(router).bind(0, w).choose(x), wanted)
+    online = OnlineRODA(router).bind(0, w)
+    seen = torch.zeros(2, w.f)
+    assert torch.equal(online.active(x, seen, torch.ones(2, 1)), wanted)
 
 
 def test_union_of_rows() -> None:
@@ -261,6 +281,26 @@ def test_an_interrupted_training_goes_on(tiny, tmp_path: Path, monkeypatch) -> N
     calls[:] = [1] * 4
     make(model, tmp_path, recall=0.7)
     assert len(calls) == 7
+
+
+def test_layers_of_another_recall_are_not_used(tiny, tmp_path: Path, monkeypatch) -> None:
+    """The recall decides the threshold, so that a layer kept from another one is wrong."""
+    model = tiny("llama-relu")
+    calls: list[int] = []
+    layer = train.train_layer
+
+    def counting(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return layer(*args)
+
+    monkeypatch.setattr(train, "train_layer", counting)
+    with pytest.raises(KeyboardInterrupt):
+        make(model, tmp_path, recall=0.9)
+    router = make(model, tmp_path, recall=0.6)
+    assert len(calls) == 3 + 3
+    assert router.layers[0].threshold == make(model, recall=0.6).layers[0].threshold
 
 
 def test_partial_layers_of_other_settings_are_not_used(tiny, tmp_path: Path, monkeypatch) -> None:

@@ -173,6 +173,17 @@ def test_fingerprint_does_not_depend_on_layout_or_width() -> None:
     assert original == fingerprint(model.bfloat16())
 
 
+def test_fingerprint_follows_the_shape() -> None:
+    """The same names and the same values in their order, in matrices of another shape."""
+    found = []
+    for rows, columns in ((2, 3), (3, 2)):
+        model = nn.Sequential(nn.Linear(columns, rows, bias=False))
+        with torch.no_grad():
+            model[0].weight.copy_(torch.arange(6.0).view(rows, columns))
+        found.append(fingerprint(model))
+    assert found[0] != found[1]
+
+
 def test_fingerprint_of_a_model_without_numbered_layers() -> None:
     torch.manual_seed(0)
     model = nn.ModuleDict({"a": nn.Linear(3, 4), "b": nn.Linear(4, 3)})

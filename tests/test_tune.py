@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from moyu_ext.calibration.curves import DENSE, Level, LossCurve, allocate, levels
-from moyu_ext.calibration.tune import FILE, Tuned, tune
+from moyu_ext.calibration.tune import FILE, Tuned, _Run, tune
 from moyu_ext.cli.tune import bit_pairs, percent
 from moyu_ext.errors import ArtifactError, ConfigurationError, PatchStateError
 from moyu_ext.evaluation.perplexity import generation_perplexity
@@ -160,6 +160,19 @@ def test_tuned_thresholds_keep_the_budget(
     assert shares == sorted(shares)
     with pytest.raises(ArtifactError):
         moyu_ext.patch(tiny("llama", seed=1), tuned.method())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_predicted_speedup_counts_what_a_step_reads(tiny: Make, tied: bool) -> None:
+    """Of a table of embeddings a step reads one row, unless the head is the same table."""
+    model = tiny("llama", tie_word_embeddings=tied)
+    run = _Run(model, find_mlps(model), torch.full((2, 8), 5), 4, "product", [])
+    mlps = 3 * 3 * 32 * 96
+    rest = sum(p.numel() for n, p in model.named_parameters() if "mlp" not in n)
+    if not tied:
+        rest -= 101 * 32
+    assert run._speedup(1.0) == 1
+    assert run._speedup(0.25) == pytest.approx((rest + mlps) / (rest + 0.25 * mlps))
 
 
 def test_budget_that_cannot_be_met_says_what_can(tiny: Make, texts: list[str]) -> None:
