@@ -51,11 +51,11 @@ def test_an_interrupted_run_ends_like_one_that_was_not(
     texts = [*TEXTS, "one", "two", "end"]
     other = train.clone()
     other[-1] += 1
-    for now, measured in ((train, texts), (train, [*texts[:-1], "and"]), (other, texts)):
+    for now, measured in ((train, texts), (other, texts), (other, [*texts[:-1], "and"])):
         training.train_one("relu", 0, now, measured, (0, 2, 4), tmp_path / "cut")
     assert steps[6:] == 3 * [0, 1, 2, 3]
     monkeypatch.setattr(training, "RATE", 1e-3)
-    training.train_one("relu", 0, other, texts, (0, 2, 4), tmp_path / "cut")
+    training.train_one("relu", 0, now, measured, (0, 2, 4), tmp_path / "cut")
     assert steps[18:] == [0, 1, 2, 3]
 
 
