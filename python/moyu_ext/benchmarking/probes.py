@@ -11,13 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import ops, reference
 from ..methods.base import TokenRule
-from ..methods.qrida import _ShadowRule
 from ..patching.families import MlpSite
 from ..patching.projections import Projection
 from ..patching.sparse_mlp import SparseMLP
-from ..shadow.reference import choose
 
 ROWS = 4  # of a forward whose results are kept
 
@@ -100,7 +97,7 @@ def products(model: nn.Module) -> Iterator[list[tuple[str, Projection, Tensor, T
 def active_neurons(site: MlpSite, x: Tensor, governed: bool = True) -> Tensor:
     """Which neurons the MLP uses for x [rows, d] in the forward that is under way: [rows, f].
 
-    By plain PyTorch in float32 from x and the weights, or from the sequence's set.
+    As the rule chooses from x, or from the sequence's set.
     """
     mlp = site.entry
     if not governed or not isinstance(mlp, SparseMLP):
@@ -109,27 +106,7 @@ def active_neurons(site: MlpSite, x: Tensor, governed: bool = True) -> Tensor:
         current = mlp.context.current
         assert current is not None and current.state is not None
         return current.state.layers[mlp.slot].mask.bool().clone()
-    w = site.weights()
-    shadow = shadow_of(site)
-    if shadow is not None:
-        # By the operator's own scores: of two nearly equal ones plain PyTorch may keep the other.
-        s = shadow.router.shadow
-        scores = ops.shadow_scores(
-            x, s.data, shadow.router.norms, w.gate_bias, w.up_bias, s.gated,
-            s.bits_gate, s.bits_up, w.activation,
-        )  # fmt: skip
-        return choose(scores, shadow.epsilon, shadow.k)
-    product = reference.activations(x, w.gate, w.up, w.gate_bias, w.up_bias, w.activation)
-    gate = product
-    if w.gate is not None:
-        gate = reference.activations(x, None, w.gate, None, w.gate_bias, w.activation)
-    return mlp.rule.active(x, gate, product)
-
-
-def shadow_of(site: MlpSite) -> _ShadowRule | None:
-    """The rule of an MLP that is patched with QRIDA."""
-    rule = site.entry.rule if isinstance(site.entry, SparseMLP) else None
-    return rule if isinstance(rule, _ShadowRule) else None
+    return mlp.rule.chosen(x, site.weights())
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 
 from .._files import write_atomically
@@ -87,11 +88,7 @@ def make_row(
 
 def quantile(values: Sequence[float], q: float) -> float:
     """The q-quantile, linear between neighbours."""
-    ordered = sorted(values)
-    place = q * (len(ordered) - 1)
-    low = math.floor(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+    return float(numpy.quantile(values, q))
 
 
 def commit() -> str:

@@ -18,6 +18,7 @@ from .. import ops
 from ..errors import ArtifactError, ConfigurationError
 from ..guard import LayerGuard
 from ..patching.families import MlpWeights
+from ..reference import activations
 
 
 class LayerRule(ABC):  # noqa: B024
@@ -44,6 +45,15 @@ class TokenRule(LayerRule):
         x: [rows, d]; gate: act(W_gate x) [rows, f]; product: a(x) [rows, f] (both are a(x) where
         the MLP is ungated), in the model's dtype. Returns bool [rows, f].
         """
+
+    def chosen(self, x: Tensor, weights: MlpWeights) -> Tensor:
+        """The neurons that `apply` computes for x [rows, d], bool [rows, f]: for checks."""
+        w = weights
+        product = activations(x, w.gate, w.up, w.gate_bias, w.up_bias, w.activation)
+        gate = product
+        if w.gate is not None:
+            gate = activations(x, None, w.gate, None, w.gate_bias, w.activation)
+        return self.active(x, gate, product)
 
 
 class PredictedRule(TokenRule):

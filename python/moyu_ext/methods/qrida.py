@@ -270,10 +270,13 @@ class _ShadowRule(TokenRule):
         )
         row = None if self.guard is None else self.guard.due(x.shape[0])
         if row is not None:
-            self._measure(x[row : row + 1], w)
+            assert self.guard is not None
+            x = x[row : row + 1]
+            self.guard.measure(x, w, self.router.norms, self.chosen(x, w))
         return out, counts
 
-    def _measure(self, x: Tensor, weights: MlpWeights) -> None:
+    def chosen(self, x: Tensor, weights: MlpWeights) -> Tensor:
+        """By the operator's own scores: of two nearly equal ones plain PyTorch may keep another."""
         w, s = weights, self.router.shadow
         scores = ops.shadow_scores(
             x,
@@ -286,8 +289,7 @@ class _ShadowRule(TokenRule):
             s.bits_up,
             w.activation,
         )
-        assert self.guard is not None
-        self.guard.measure(x, w, self.router.norms, choose(scores, self.epsilon, self.k))
+        return choose(scores, self.epsilon, self.k)
 
     def active(self, x: Tensor, gate: Tensor, product: Tensor) -> Tensor:
         return choose(self.router.scores(x), self.epsilon, self.k)
