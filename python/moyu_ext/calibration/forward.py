@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UnsupportedModelError
+from ..errors import PatchStateError, UnsupportedModelError
 from ..patching.families import MlpSite
 from .text import Batch
 
@@ -80,3 +80,11 @@ def _answered(sites: list[MlpSite], real: Tensor, visit: Visit) -> Iterator[None
             del module.__dict__["forward"]
             if forward is not None:
                 module.__dict__["forward"] = forward
+
+
+def require_plain(model: nn.Module, sites: Sequence[MlpSite]) -> None:
+    """Raise PatchStateError for a patched model, or one in training mode."""
+    if any(getattr(site.entry, "is_stand_in", False) for site in sites):
+        raise PatchStateError("the model is patched; call moyu_ext.unpatch(model) first")
+    if model.training:
+        raise PatchStateError("the model is in training mode; call model.eval() first")

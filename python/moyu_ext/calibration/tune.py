@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,19 +18,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._files import write_atomically
-from ..errors import ConfigurationError, PatchStateError
+from ..errors import ConfigurationError
 from ..methods.base import Method
 from ..methods.qrida import QRIDA, shadow_scorer
 from ..methods.tda import TDA
 from ..patching.families import MlpSite, find_mlps
-from ..patching.patch import patch, scoring, unpatch
+from ..patching.patch import patch, unpatch
 from ..patching.report import read_share
 from ..shadow.feedback import build_each_for
 from ..shadow.pack import Shadow, record_bytes
 from ..shadow.store import Shadows
 from .cett import LayerTokens
+from .continuation import continuation_logits, continuation_losses, split_rows
 from .curves import Level, LossCurve, allocate, levels
-from .forward import answer_mlps
+from .forward import answer_mlps, require_plain
 from .text import (
     Batch,
     check_ids,
@@ -49,7 +50,6 @@ BITS = ((1, 1), (2, 1), (2, 2), (3, 3))
 # enough to be like what the budget allows.
 _PROBES = (0.2, 0.45)
 _PROBE_ROWS = 8
-_TOKENS_PER_FORWARD = 4096
 # Of the budget, tried for the frontier; then _REFINE steps look for the largest that keeps it.
 _FACTORS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 _REFINE = 3
@@ -157,10 +157,7 @@ def tune(
             "such as 0.01 for one per cent"
         )
     sites = find_mlps(model)
-    if any(getattr(site.entry, "is_stand_in", False) for site in sites):
-        raise PatchStateError("the model is patched; call moyu_ext.unpatch(model) to tune it")
-    if model.training:
-        raise PatchStateError("the model is in training mode; call model.eval() to tune it")
+    require_plain(model, sites)
     steps = itertools.count()
     total = len(sites) + len(_FACTORS) + _REFINE + 3  # text, curves, held-out text
 
@@ -254,27 +251,18 @@ class _Losses:
 
     def __init__(self, model: nn.Module, rows: Tensor, context: int) -> None:
         self.model, self.rows, self.context = model, rows, context
-        self.batch = max(1, _TOKENS_PER_FORWARD // rows.shape[1])
         self.dense = self._losses()
 
-    def _logits(self, rows: Tensor, patched: bool) -> Tensor:
-        """Of the tokens of the continuation but for the last: [rows, continuation, vocabulary]."""
-        with scoring(self.model, self.context) if patched else nullcontext():
-            logits: Tensor = self.model(input_ids=rows).logits
-        return logits[:, self.context - 1 : -1]
+    def _log_probabilities(self, rows: Tensor) -> Tensor:
+        return continuation_logits(self.model, rows, self.context).log_softmax(-1)
 
-    def _losses(self, patched: bool = False) -> Tensor:
-        found = []
-        for rows in self.rows.split(self.batch):
-            logits = self._logits(rows, patched).float().flatten(0, 1)
-            target = rows[:, self.context :].flatten()
-            found.append(F.cross_entropy(logits, target, reduction="none").double().cpu())
-        return torch.cat(found)
+    def _losses(self) -> Tensor:
+        return continuation_losses(self.model, self.rows, self.context).flatten()
 
     def increase(self, method: Method) -> tuple[float, float]:
         """Of perplexity over dense, and one standard error of it."""
         with _patched(self.model, method):
-            change = self._losses(patched=True) - self.dense
+            change = self._losses() - self.dense
         ratio = math.exp(change.mean().item())
         return ratio - 1, ratio * change.std().item() / math.sqrt(len(change))
 
@@ -286,11 +274,11 @@ class _Losses:
         """
         totals = [0.0] * len(methods)
         rows = self.rows[:count]
-        for part in rows.split(self.batch):
-            dense = self._logits(part, False).float().log_softmax(-1)
+        for part in split_rows(rows):
+            dense = self._log_probabilities(part)
             for i, method in enumerate(methods):
                 with _patched(self.model, method, [layer]):
-                    other = self._logits(part, True).float().log_softmax(-1)
+                    other = self._log_probabilities(part)
                 totals[i] += F.kl_div(other, dense, reduction="sum", log_target=True).item()
         return [total / (len(rows) * (rows.shape[1] - self.context)) for total in totals]
 

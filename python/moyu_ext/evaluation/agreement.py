@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..calibration import continuation
 from ..calibration.text import device
 from ..errors import ConfigurationError
 from ..methods.base import Method
-from ..patching.patch import patch, report, scoring, unpatch
-
-_TOKENS_PER_FORWARD = 4096
+from ..patching.patch import patch, report, unpatch
 
 
 @dataclass(frozen=True)
@@ -77,15 +76,10 @@ def patched(model: Any, method: Method | None) -> Iterator[None]:
 def continuation_logits(model: Any, rows: Tensor, context: int) -> Tensor:
     """Logits that predict columns `context`... of rows [n, length], as generation would have them:
     float32 [n, length - context, vocabulary] on the CPU. The model may be patched or not."""
-    governed = any(getattr(module, "is_stand_in", False) for module in model.modules())
-    place = device(model)
-    parts = []
-    with torch.no_grad():
-        for batch in rows.split(max(1, _TOKENS_PER_FORWARD // rows.shape[1])):
-            with scoring(model, context) if governed else nullcontext():
-                logits = model(input_ids=batch.to(place)).logits
-            parts.append(logits[:, context - 1 : -1].float().cpu())
-    return torch.cat(parts)
+    parts = continuation.split_rows(rows)
+    return torch.cat(
+        [continuation.continuation_logits(model, part, context).cpu() for part in parts]
+    )
 
 
 def choices(model: Any, rows: Tensor, context: int) -> Tensor:

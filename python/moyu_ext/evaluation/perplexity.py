@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..calibration.continuation import continuation_losses
 from ..calibration.text import check_ids, device, encode, longest_window
 from ..errors import ConfigurationError
-from ..patching.patch import scoring
 
 _TOKENS_PER_FORWARD = 4096
 
@@ -104,15 +103,7 @@ def generation_perplexity(
         rows = rows[: len(rows) // length * length].view(-1, length)
     rows = rows[:, :length]
     check_ids(model, rows.flatten().tolist())
-    rows = rows.to(device(model))
-    patched = any(getattr(module, "is_stand_in", False) for module in model.modules())
-    losses: list[Tensor] = []
-    with torch.no_grad():
-        for batch in rows.split(max(_TOKENS_PER_FORWARD // length, 1)):
-            with scoring(model, context) if patched else nullcontext():
-                logits = model(input_ids=batch).logits
-            losses.append(_losses(logits, batch, continuation))
-    return _summary(losses)
+    return _summary([continuation_losses(model, rows, context).flatten()])
 
 
 def _ids(model: nn.Module, tokenizer_or_ids: Any, text: str | None) -> Tensor:

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..calibration.forward import require_plain
 from ..calibration.thresholds import fingerprint
-from ..errors import ConfigurationError, PatchStateError
+from ..errors import ConfigurationError
 from ..methods.base import check_choice, check_count
 from ..patching.families import MlpWeights, find_mlps
 from .data import LayerInputs, chunks, neuron_norms, read_windows, record
@@ -52,10 +53,7 @@ def split_experts(
         check_count(name, count)
     check_choice("split", split, SPLITS)
     sites = find_mlps(model)
-    if any(getattr(site.entry, "is_stand_in", False) for site in sites):
-        raise PatchStateError("the model is patched; call moyu_ext.unpatch(model) first")
-    if model.training:
-        raise PatchStateError("the model is in training mode; call model.eval() first")
+    require_plain(model, sites)
     for site in sites:
         if site.f % experts or experts > site.f:
             raise ConfigurationError(

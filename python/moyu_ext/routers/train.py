@@ -20,8 +20,9 @@ from .._artifact import check_free
 from .._files import write_atomically
 from .._progress import steps
 from ..calibration.calibrate import calibrate
+from ..calibration.forward import require_plain
 from ..calibration.thresholds import Thresholds, fingerprint
-from ..errors import ConfigurationError, PatchStateError
+from ..errors import ConfigurationError
 from ..methods.base import check_count
 from ..patching.families import MlpWeights, find_mlps
 from .data import LayerInputs, chunks, neuron_norms, read_windows, record
@@ -72,10 +73,7 @@ def train_router(
         check_free(out, "router")
     _check(cett, recall, rank, max_tokens, epochs)
     sites = find_mlps(model)
-    if any(getattr(site.entry, "is_stand_in", False) for site in sites):
-        raise PatchStateError("the model is patched; call moyu_ext.unpatch(model) first")
-    if model.training:
-        raise PatchStateError("the model is in training mode; call model.eval() first")
+    require_plain(model, sites)
     parts = read_windows(model, tokenizer, texts, max_tokens, seed)
     mark = fingerprint(model)
     if thresholds is None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..calibration.continuation import continuation_losses
 from ..errors import UnsupportedModelError
+from ..evaluation.agreement import patched
 from ..methods.base import Method
-from ..patching.patch import patch, report, scoring, unpatch
+from ..patching.patch import report
 from .activity import mask_arguments
 from .setting import Subject
 
@@ -94,18 +97,7 @@ def losses(
     subject: Subject, method: Method, rows: Tensor, context: int, mask: Tensor | None
 ) -> tuple[Tensor, float]:
     """Mean loss of each row's continuation under the method, [rows] float64, and its density."""
-    patch(subject.model, method)
-    parts = []
-    try:
-        with torch.no_grad(), scoring(subject.model, context):
-            for start in range(0, len(rows), _ROWS):
-                batch = rows[start : start + _ROWS]
-                extra = mask_arguments(mask, slice(start, start + _ROWS))
-                logits = subject.model(input_ids=batch, **extra).logits[:, context - 1 : -1]
-                loss = F.cross_entropy(
-                    logits.float().flatten(0, 1), batch[:, context:].flatten(), reduction="none"
-                )
-                parts.append(loss.view(len(batch), -1).double().mean(1))
-        return torch.cat(parts), report(subject.model).density
-    finally:
-        unpatch(subject.model)
+    model = subject.model
+    with patched(model, method):
+        loss = continuation_losses(model, rows, context, partial(mask_arguments, mask))
+        return loss.mean(1), report(model).density

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import math
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ..calibration.continuation import continuation_losses
+from ..evaluation.agreement import patched
 from ..methods.base import Method
 from ..methods.dense import Dense
-from ..patching.patch import patch, scoring, unpatch
 from ..patching.patch import report as usage
 from .setting import Setting, Subject
 
 # Models that were trained on more than the main domain.
 DOMAINS = {"mix4m_silu": ("stories", "news"), "mix4m_relu": ("stories", "news")}
-_ROWS = 8
 
 
 def domains_of(setting: Setting, subject: Subject) -> list[str]:
@@ -57,20 +55,12 @@ class Text:
 
     def _losses(self, method: Method) -> tuple[Tensor, float]:
         """Mean loss of each row's continuation, float64 [rows], and the realised density."""
-        model, parts = self.subject.model, []
-        patch(model, method)
-        try:
-            with torch.no_grad(), scoring(model, self.context):
-                for batch in self.rows.split(_ROWS):
-                    logits = model(input_ids=batch).logits[:, self.context - 1 : -1]
-                    target = batch[:, self.context :].flatten()
-                    loss = F.cross_entropy(logits.flatten(0, 1), target, reduction="none")
-                    parts.append(loss.view(len(batch), -1).double().mean(1))
+        model = self.subject.model
+        with patched(model, method):
+            loss = continuation_losses(model, self.rows, self.context).mean(1)
             used = usage(model)
-        finally:
-            unpatch(model)
         self.layers = [layer.density for layer in used.layers]
-        return torch.cat(parts), used.density
+        return loss, used.density
 
 
 def percent(point: dict[str, float]) -> str:
