@@ -18,9 +18,12 @@ from moyu_ext.benchmarking.probes import recorded
 from moyu_ext.benchmarking.random_model import random_model, weight_bytes
 from moyu_ext.benchmarking.rows import make_row, quantile
 from moyu_ext.benchmarking.weights import Filler
+from moyu_ext.calibration.thresholds import fingerprint
 from moyu_ext.cli import app
 from moyu_ext.errors import ConfigurationError
+from moyu_ext.methods import RODA
 from moyu_ext.patching.families import find_mlps
+from moyu_ext.routers.router import LayerRouter, Router
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -213,6 +216,30 @@ def test_decode_rows(size: Geometry, dtype: torch.dtype) -> None:
     assert qrida.bytes - srida.bytes == result.sides[6].added_bytes > 0
     assert len(result.as_dict()["sides"]) == 7
     json.dumps(result.as_dict())
+
+
+def test_decode_rows_count_a_router() -> None:
+    def roda(model: Any) -> RODA:
+        d, f, rank = LLAMA.d, LLAMA.f, 4
+        layer = LayerRouter(
+            torch.randn(rank, d), torch.randn(f, rank), torch.zeros(f), torch.zeros(201),
+            torch.full((f,), 0.5), 1e-30, 0.0, *(1.0, 1.0, 0.5, 1.0, 0.5),
+        )  # fmt: skip
+        return RODA(Router((layer,) * LLAMA.layers, fingerprint(model), 0.2, 0.9, 0))
+
+    result = benchmarking.measure_decode(
+        LLAMA,
+        [roda],
+        torch.bfloat16,
+        prompt_tokens=20,
+        new_tokens=3,
+        rounds=1,
+        bandwidth_bytes=1 << 20,
+    )
+    side, whole, mlps = result.sides[1], result.rows[1].bytes, result.rows[4].bytes
+    read = 4 * (LLAMA.d + LLAMA.f) * 2 + 4 * LLAMA.f  # two factors, and a bias in float32
+    assert side.added_bytes == LLAMA.layers * read
+    assert mlps - side.added_bytes == pytest.approx(side.density * whole, abs=2 * LLAMA.layers)
 
 
 def test_decode_rows_with_projections(monkeypatch: pytest.MonkeyPatch) -> None:
