@@ -3,10 +3,11 @@
 Importing this module registers the implementation "moyu", so that
 
     from moyu_ext.integrations import experts
-    experts.use(model)     # model.set_experts_implementation("eager") undoes it
+    experts.use(model)     # model.set_experts_implementation("eager") goes back
 
 runs each token's experts through `ops.sparse_mlp`: the model's own router is the router of RIDA
-(arXiv 2406.12569, section 2.3), its choice the `given` plan. Importing it imports transformers.
+(arXiv 2406.12569, section 2.3), its choice the `given` plan. W_down's memory stays transposed after
+going back. Importing it imports transformers.
 """
 
 from __future__ import annotations

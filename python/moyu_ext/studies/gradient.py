@@ -179,7 +179,7 @@ def _expectation(setting: Setting, report: Report) -> None:
     report.claim(
         "eq. 4-6",
         "for a positive activation the expected gradient is positive",
-        f"E > 0 at all of a = {LEVELS[0]}...{LEVELS[-1]} (99 % intervals), and linear in a as "
+        f"E > 0 at all of a = {LEVELS[0]}...{LEVELS[-1]} (99 % intervals), as large as "
         f"integration by parts says ({inside} of {len(theory)} inside the interval). At a = -1 it "
         f"is {measured[0].mean:.3f}: negative values are pulled up as strongly",
         "holds" if good else "fails",
