@@ -112,7 +112,7 @@ class Report:
             measured += " (they fit into a CPU's cache, where sparsity saves little time)"
         return (
             f"{self.added_bytes / 2**20:.2f} MiB added, {100 * self.share:.1f} % of the MLPs' "
-            f"bytes read per token: MLPs at most {most}x as fast at one row{measured}"
+            f"bytes read per token: MLPs {most}x as fast at one row by that{measured}"
         )
 
     def __str__(self) -> str:
