@@ -108,3 +108,8 @@ def test_resume_measures_changed_text_anew(tmp_path: Path, one_study) -> None:
         assert one_study.runs == runs
     setting = json.loads((tmp_path / "out" / "gradient.json").read_text())["setting"]
     assert setting["text"] == "words.txt" and str(tmp_path) not in json.dumps(setting)
+
+
+def test_the_help_names_every_study() -> None:
+    listed = said("--help", code=0).split(" Studies ")[1].split(" Without --data")[0]
+    assert set(STUDIES) <= set(listed.split())

@@ -74,6 +74,7 @@ def study(
         history         eq. 7-10: does importance depend on the history, and a router
         inertia         figures 1-4: overlap of active sets, what a prompt's set covers
         heavy-hitters   section 3.2.2, table 5: removing what attention dwells on
+        prompt-length   section 4.4: what a shorter prompt costs each method
         tables          tables 1-5, the paper's figures beside what is measured here
         qrida           a router made of the weights, against other ways to rank neurons
         qrida-bytes     top-k or thresholds; each method's bytes at perplexity +1 %
