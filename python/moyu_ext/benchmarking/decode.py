@@ -180,29 +180,24 @@ def measure_decode(
             "bandwidth_gbps": bandwidth.gbps,
             "dense_impl": DENSE_IMPL,
         }
-        rows += [
-            make_row(
-                **common,
-                name=ROWS[0],
-                plan=side.plan,
-                rows=1,
-                density=side.density,
-                microseconds=side.step,
-                dense_microseconds=sides[0].step,
-                bytes=runner.bytes(side.plan, side.density) + side.added_bytes,
-                max_rel_err=side.error,
-            ),
-            make_row(
-                **common,
-                name=ROWS[1],
-                plan=side.plan,
-                rows=1,
-                density=side.density,
-                microseconds=side.mlp,
-                dense_microseconds=sides[0].mlp,
-                bytes=runner.mlp_bytes(side.plan, side.density) + side.added_bytes,
-                max_rel_err=side.error,
-            ),
+        for name, times, dense, read in (
+            (ROWS[0], side.step, sides[0].step, runner.bytes),
+            (ROWS[1], side.mlp, sides[0].mlp, runner.mlp_bytes),
+        ):
+            rows.append(
+                make_row(
+                    **common,
+                    name=name,
+                    plan=side.plan,
+                    rows=1,
+                    density=side.density,
+                    microseconds=times,
+                    dense_microseconds=dense,
+                    bytes=read(side.plan, side.density) + side.added_bytes,
+                    max_rel_err=side.error,
+                )
+            )
+        rows.append(
             make_row(
                 **common,
                 name=ROWS[2],
@@ -213,8 +208,8 @@ def measure_decode(
                 dense_microseconds=sides[0].prefill,
                 bytes=runner.bytes("dense", 1.0),
                 max_rel_err=side.prefill_error,
-            ),
-        ]
+            )
+        )
     return DecodeResult(
         rows,
         machine,

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from .._progress import Step, steps
-from ..errors import ConfigurationError, PatchStateError
+from ..errors import ConfigurationError
 from ..methods.qrida import QRIDA
 from ..patching.families import MlpSite, MlpWeights, find_mlps
 from .cett import LayerTokens, largest_epsilon
-from .forward import answer_mlps
+from .forward import answer_mlps, require_plain
 from .text import Batch, encode_texts, longest_window, make_batch, read_texts, write_own
 from .thresholds import LayerThreshold, Thresholds, fingerprint
 
@@ -70,10 +70,7 @@ def calibrate(
     name, score, method = _method(method)
     _check(cett, max_tokens, on, granularity, name)
     sites = find_mlps(model)
-    if any(getattr(site.entry, "is_stand_in", False) for site in sites):
-        raise PatchStateError("the model is patched; call moyu_ext.unpatch(model) to calibrate it")
-    if model.training:
-        raise PatchStateError("the model is in training mode; call model.eval() to calibrate it")
+    require_plain(model, sites)
     with torch.no_grad(), steps("calibrate", progress) as report:
         window = longest_window(model)
         if texts is None:

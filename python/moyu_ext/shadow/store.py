@@ -24,10 +24,10 @@ from .._artifact import folder_of
 from .._files import write_atomically
 from .._progress import steps
 from ..calibration.cett import LayerTokens
-from ..calibration.forward import answer_mlps
+from ..calibration.forward import answer_mlps, require_plain
 from ..calibration.text import encode_texts, longest_window, make_batch, read_texts, write_own
 from ..calibration.thresholds import fingerprint
-from ..errors import ArtifactError, ConfigurationError, PatchStateError
+from ..errors import ArtifactError, ConfigurationError
 from ..patching.families import MlpWeights, find_mlps
 from .build import build_shadow
 from .feedback import build_for
@@ -93,12 +93,7 @@ class Shadows:
         """
         sites = find_mlps(model)
         pairs = _pairs(bits, len(sites))
-        if any(getattr(site.entry, "is_stand_in", False) for site in sites):
-            raise PatchStateError(
-                "the model is patched; call moyu_ext.unpatch(model) to fit shadows to it"
-            )
-        if model.training:
-            raise PatchStateError("the model is in training mode; call model.eval() to fit shadows")
+        require_plain(model, sites)
         layers: list[Shadow] = []
         with torch.no_grad(), steps("shadows", progress) as step:
             if texts is None:
