@@ -1,8 +1,9 @@
 """Builds moyu_ext._C: kernels (csrc), operators on LibTorch's stable ABI and a small pybind module.
 
-Environment: MOYU_CUDA=0 leaves the CUDA kernels out, MOYU_CUDA=1 makes a missing nvcc an error
-(default: they are built where nvcc is found, also next to a CPU build of torch, where they wait
-unused); MOYU_CUDA_ARCHS="80;90" names the GPU architectures, the newest of them also as PTX.
+Environment: MOYU_CUDA=1 builds the CUDA kernels and makes a missing nvcc an error, MOYU_CUDA=0
+leaves them out (default: they are built where torch is a CUDA build and nvcc is found, since no
+other torch can call them); MOYU_CUDA_ARCHS="80;90" names the GPU architectures, the newest of them
+also as PTX.
 """
 
 import os
@@ -60,7 +61,7 @@ def find_cuda() -> Path | None:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = shutil.which("nvcc", path=f"{home}/bin") if home else None
     nvcc = nvcc or shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-    if wanted == "0":
+    if wanted == "0" or (wanted != "1" and torch.version.cuda is None):
         return None
     root = Path(nvcc).resolve().parent.parent if nvcc else None
     if root is not None and not (root / "include" / "cuda_runtime.h").exists():

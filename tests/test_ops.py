@@ -4,10 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from moyu_ext.patching.families import MlpWeights
+from moyu_ext.models.weights import MlpWeights
 from moyu_ext.shadow.build import build_shadow
 
 from moyu_ext import _load, ops, reference
@@ -214,19 +213,6 @@ def test_nan_reaches_the_output():
         **m, scale=None, epsilon=epsilon, activation="silu", plan="product"
     )
     assert out.isnan().all() and int(counts) == 16
-
-
-def test_raw_kernels_on_numpy():
-    m = {k: v.numpy() for k, v in make(40, 33, 2, torch.float32).items() if v is not None}
-    indices = np.array([0, 5, 32], dtype=np.int32)
-    got = _load._C.sparse_mlp(m["x"], m["gate"], m["up"], m["down_t"], indices)
-    h = m["x"] @ m["gate"][indices].T
-    expected = (h / (1 + np.exp(-h)) * (m["x"] @ m["up"][indices].T)) @ m["down_t"][indices]
-    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
-    with pytest.raises(IndexError, match="indices"):
-        _load._C.sparse_mlp(m["x"], m["gate"], m["up"], m["down_t"], np.array([33], np.int32))
-    with pytest.raises(TypeError):
-        _load._C.sparse_mlp(m["x"].astype(np.float64), m["gate"], m["up"], m["down_t"], indices)
 
 
 def test_forced_isa_that_is_missing_raises():

@@ -153,9 +153,10 @@ inline const InputOf<T>* prepare_input(const T* x, int64_t n, float* scratch) {
 inline float activate(Activation kind, float h) {
   switch (kind) {
     case Activation::kSilu: return h / (1.0f + std::exp(-h));
-    case Activation::kGelu: return 0.5f * h * (1.0f + std::erf(h * 0.70710678118654752f));
+    // Not 1 + erf and 1 + tanh, which cancel where h is far below zero.
+    case Activation::kGelu: return 0.5f * h * std::erfc(h * -0.70710678118654752f);
     case Activation::kGeluTanh:
-      return 0.5f * h * (1.0f + std::tanh(0.79788456080286536f * (h + 0.044715f * h * h * h)));
+      return h / (1.0f + std::exp(-1.59576912160573073f * (h + 0.044715f * h * h * h)));
     // Written so that a NaN passes through, as it does in torch.
     case Activation::kRelu: return h < 0.0f ? 0.0f : h;
     case Activation::kRelu2: return h < 0.0f ? 0.0f : h * h;

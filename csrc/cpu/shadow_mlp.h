@@ -117,8 +117,9 @@ inline void shadow_dot(int bits, const uint8_t* codes, const Bf16* scales, int64
 }
 
 // exp by range reduction and a polynomial (relative error below 2e-7): a loop over it vectorises.
-MOYU_INLINE float fast_exp(float v) {
-  v = v < -87.0f ? -87.0f : v > 88.0f ? 88.0f : v;  // a NaN stays one
+// Above 88 it is infinity, as expf's is above 88.7.
+MOYU_INLINE float fast_exp(float exponent) {
+  const float v = exponent < -87.0f ? -87.0f : exponent > 88.0f ? 88.0f : exponent;  // NaN stays
   const float n = round_even(v * 1.44269504088896341f);
   const float r = (v - n * 0.693359375f) + n * 2.12194440e-4f;
   float p = 1.9875691500e-4f;
@@ -131,7 +132,7 @@ MOYU_INLINE float fast_exp(float v) {
   const int32_t bits = (static_cast<int32_t>(n == n ? n : 0.0f) + 127) << 23;
   float power;
   std::memcpy(&power, &bits, sizeof power);
-  return p * power;
+  return exponent > 88.0f ? HUGE_VALF : p * power;
 }
 
 inline void activate_all(Activation kind, float* h, int64_t n) {

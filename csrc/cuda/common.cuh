@@ -84,9 +84,10 @@ __device__ __forceinline__ float bias_at(const T* bias, int64_t i) {
 __device__ inline float activate(Activation kind, float h) {
   switch (kind) {
     case Activation::kSilu: return h / (1.0f + expf(-h));
-    case Activation::kGelu: return 0.5f * h * (1.0f + erff(h * 0.70710678118654752f));
+    // Not 1 + erf and 1 + tanh, which cancel where h is far below zero.
+    case Activation::kGelu: return 0.5f * h * erfcf(h * -0.70710678118654752f);
     case Activation::kGeluTanh:
-      return 0.5f * h * (1.0f + tanhf(0.79788456080286536f * (h + 0.044715f * h * h * h)));
+      return h / (1.0f + expf(-1.59576912160573073f * (h + 0.044715f * h * h * h)));
     // Written so that a NaN passes through, as it does in torch.
     case Activation::kRelu: return h < 0.0f ? 0.0f : h;
     case Activation::kRelu2: return h < 0.0f ? 0.0f : h * h;
