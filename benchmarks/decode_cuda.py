@@ -33,10 +33,10 @@ from moyu_ext.benchmarking.geometries import Geometry
 from moyu_ext.benchmarking.random_model import random_model, weight_bytes
 from moyu_ext.benchmarking.rows import BenchmarkError, Row, make_row, quantile
 from moyu_ext.methods.base import Method, TokenRule
-from moyu_ext.patching.cache import cache_of, passing
-from moyu_ext.patching.families import find_mlps
+from moyu_ext.models.cache import cache_of, passing
+from moyu_ext.models.families import find_mlps
+from moyu_ext.models.weights import read_share
 from moyu_ext.patching.patch import is_patched
-from moyu_ext.patching.report import read_share
 from moyu_ext.patching.sparse_mlp import SparseMLP
 from torch import Tensor, nn
 from transformers import PreTrainedModel, StaticCache

@@ -124,18 +124,16 @@ def masked(model: nn.Module, rule: Rule, governed: Tensor, learned: Tensor) -> I
             handle.remove()
 
 
-def roles(
-    rule: Rule, length: int, prompt: int, min_prompt: int = 8, short_prompt: bool = False
-) -> tuple[Tensor, Tensor]:
+def roles(rule: Rule, length: int, prompt: int, min_prompt: int = 8) -> tuple[Tensor, Tensor]:
     """(governed, learned) of a sequence: a prompt in one forward, then token by token.
 
-    A per-token rule governs what comes after the prompt, and the prompt too if it has at most 8
-    rows (`short_prompt`). A sequence-level rule learns from the prompt and, while it has seen fewer
+    A per-token rule governs what comes after the prompt. A sequence-level rule learns from the
+    prompt and, while it has seen fewer
     than `min_prompt` tokens, from the tokens after it.
     """
     t = torch.arange(length)
     if rule.per_token:
-        return (t >= 0) if short_prompt else (t >= prompt), torch.zeros(length, dtype=torch.bool)
+        return t >= prompt, torch.zeros(length, dtype=torch.bool)
     learned = t < max(prompt, min_prompt)
     return ~learned, learned
 

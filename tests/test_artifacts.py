@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 from moyu_ext.calibration.thresholds import LayerThreshold, Thresholds
+from moyu_ext.calibration.train_router import train_router
 from moyu_ext.cli import app
 from moyu_ext.errors import ArtifactError, ConfigurationError
 from moyu_ext.routers.experts import Experts, LayerExperts
 from moyu_ext.routers.router import LayerRouter, Router
-from moyu_ext.routers.train import train_router
 from moyu_ext.shadow.pack import Shadow, record_bytes
 from moyu_ext.shadow.store import Shadows
 from typer.testing import CliRunner

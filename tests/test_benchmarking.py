@@ -18,11 +18,11 @@ from moyu_ext.benchmarking.probes import recorded
 from moyu_ext.benchmarking.random_model import random_model, weight_bytes
 from moyu_ext.benchmarking.rows import make_row, quantile
 from moyu_ext.benchmarking.weights import Filler
-from moyu_ext.calibration.thresholds import fingerprint
 from moyu_ext.cli import app
 from moyu_ext.errors import ConfigurationError
 from moyu_ext.methods import RODA
-from moyu_ext.patching.families import find_mlps
+from moyu_ext.models.families import find_mlps
+from moyu_ext.models.fingerprint import fingerprint
 from moyu_ext.routers.router import LayerRouter, Router
 from torch import Tensor
 from typer.testing import CliRunner

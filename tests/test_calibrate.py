@@ -13,8 +13,9 @@ import pytest
 import torch
 from moyu_ext.calibration import calibrate as module
 from moyu_ext.calibration.calibrate import calibrate
-from moyu_ext.calibration.thresholds import Thresholds, fingerprint
+from moyu_ext.calibration.thresholds import Thresholds
 from moyu_ext.errors import ConfigurationError, PatchStateError, UnsupportedModelError
+from moyu_ext.models.fingerprint import fingerprint
 from moyu_ext.patching.patch import patch, unpatch
 from torch import Tensor, nn
 from transformers import (

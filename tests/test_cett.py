@@ -7,7 +7,7 @@ import pytest
 import torch
 from moyu_ext.calibration.cett import TOLERANCE, LayerTokens, cett, largest_epsilon
 from moyu_ext.errors import ConfigurationError
-from moyu_ext.patching.families import MlpWeights
+from moyu_ext.models.weights import MlpWeights
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

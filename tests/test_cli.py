@@ -262,8 +262,7 @@ def test_generate_with_an_embedded_model(tmp_path: Path) -> None:
     assert run["density"] == 1.0 and run["dtype"] == "bfloat16"
     result, run = generate(tmp_path, "stories_silu", "--projections")
     assert run["projections"] == 25
-    assert f"{run['mlp_speedup']:.2f}x as measured" in result.stderr
-    assert ("fit into a CPU's cache" in result.stderr) == (run["mlp_speedup"] < 1.1)
+    assert "as fast where memory is the limit" in result.stderr
 
 
 # --- calibrate

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from moyu_ext.patching.families import MlpWeights
+from moyu_ext.models.weights import MlpWeights
 from moyu_ext.shadow.build import build_shadow
 from moyu_ext.shadow.reference import choose, shadow_scores
 from test_cuda import Make, Prompt, capture, check_mlp, on_gpu, pytestmark, tokens  # noqa: F401

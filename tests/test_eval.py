@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from moyu_ext.calibration.thresholds import fingerprint
+from moyu_ext.calibration.split_experts import split_experts
+from moyu_ext.calibration.train_router import train_router
 from moyu_ext.cli import app
 from moyu_ext.errors import ConfigurationError
 from moyu_ext.evaluation import evaluate, picture
@@ -17,10 +18,9 @@ from moyu_ext.evaluation.curves import CURVES, Point, Workshop, _experts, points
 from moyu_ext.evaluation.inputs import input_thresholds, masked_inputs
 from moyu_ext.evaluation.tasks import TaskScore
 from moyu_ext.methods import QRIDA, RIDA, RODA, SRIDA, STDA, TDA, Dense, OnlineRODA
+from moyu_ext.models.fingerprint import fingerprint
+from moyu_ext.models.weights import read_share
 from moyu_ext.patching.patch import report, scoring
-from moyu_ext.patching.report import read_share
-from moyu_ext.routers.split import split_experts
-from moyu_ext.routers.train import train_router
 from study_support import WordTokenizer, text
 from typer.testing import CliRunner
 
@@ -54,7 +54,9 @@ def test_one_run_writes_table_picture_and_json(tmp_path: Path) -> None:
     assert [row["method"] for row in rows] == ["dense", *["sRIDA"] * 5, *["QRIDA, 2 bits"] * 5]
     dense, rest = rows[0], rows[1:]
     assert dense["density"] == dense["agreement"] == dense["generated_agreement"] == 1
-    assert abs(dense["change"]) < 1e-4 and dense["kl"] < 1e-5
+    # Rounding to bfloat16: W_down lies otherwise in memory, and some processors then sum otherwise.
+    rounding = torch.finfo(torch.bfloat16).eps
+    assert abs(dense["change"]) < rounding and dense["kl"] < rounding**2
     for row in rest:
         assert row["texts"] == 3 and row["dense_perplexity"] == dense["dense_perplexity"]
         assert row["kl"] > 1e-4, "a method that leaves neurons out must not score like dense"

@@ -17,7 +17,7 @@ from moyu_ext.evaluation.tasks import (
     true_mass,
 )
 from moyu_ext.methods import QRIDA, SRIDA, TDA
-from moyu_ext.patching.cache import cache_of, passing
+from moyu_ext.models.cache import cache_of, passing
 
 from moyu_ext import patch, unpatch
 

@@ -12,7 +12,7 @@ import transformers
 from conftest import FAMILIES
 from moyu_ext.errors import UnsupportedModelError
 from moyu_ext.methods import SRIDA, Dense
-from moyu_ext.patching.families import activation_name, find_mlps, record_inputs
+from moyu_ext.models.families import activation_name, find_mlps, record_inputs
 from moyu_ext.patching.patch import patch, unpatch
 from moyu_ext.reference import ACTIVATIONS, activations
 from torch import Tensor, nn

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import FAMILIES
 from moyu_ext.methods import SRIDA, STDA, TDA, Dense, Method
-from moyu_ext.patching.cache import NAMES, cache_of, passing
+from moyu_ext.models.cache import NAMES, cache_of, passing
 from moyu_ext.patching.patch import patch, report, unpatch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel

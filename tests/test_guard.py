@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from moyu_ext.guard import LayerGuard
-from moyu_ext.patching.cache import cache_of, passing
-from moyu_ext.patching.families import MlpWeights, find_mlps
+from moyu_ext.models.cache import cache_of, passing
+from moyu_ext.models.families import find_mlps
+from moyu_ext.models.weights import MlpWeights
 from torch import Tensor
 
 import moyu_ext

@@ -12,7 +12,7 @@ import torch
 from moyu_ext.errors import ArtifactError, ConfigurationError
 from moyu_ext.methods import METHODS, QRIDA, RIDA, RODA, SRIDA, STDA, TDA, Dense, OnlineRODA
 from moyu_ext.methods.base import SequenceRule, TokenRule, describe
-from moyu_ext.patching.families import MlpWeights
+from moyu_ext.models.weights import MlpWeights
 
 D, F = 8, 20
 

@@ -2,16 +2,16 @@
 
 import pytest
 import torch
+from moyu_ext.calibration.train_router import train_router
 from moyu_ext.evaluation.agreement import compare
 from moyu_ext.evaluation.perplexity import generation_perplexity
 from moyu_ext.evaluation.router_recall import router_recall
 from moyu_ext.methods import METHODS
 from moyu_ext.methods.online_roda import PRIOR, OnlineRODA
 from moyu_ext.methods.roda import RODA
-from moyu_ext.patching.cache import cache_of, passing
-from moyu_ext.patching.families import find_mlps
+from moyu_ext.models.cache import cache_of, passing
+from moyu_ext.models.families import find_mlps
 from moyu_ext.routers.router import Router
-from moyu_ext.routers.train import train_router
 from study_support import WordTokenizer, text
 from transformers import StaticCache
 

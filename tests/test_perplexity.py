@@ -9,7 +9,7 @@ from moyu_ext.errors import ConfigurationError
 from moyu_ext.evaluation import generation_perplexity, perplexity
 from moyu_ext.methods.stda import STDA
 from moyu_ext.methods.tda import TDA
-from moyu_ext.patching.cache import cache_of, passing
+from moyu_ext.models.cache import cache_of, passing
 from moyu_ext.patching.patch import patch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM

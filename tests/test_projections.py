@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from moyu_ext.errors import ConfigurationError, PatchStateError
 from moyu_ext.methods import SRIDA, Dense
-from moyu_ext.patching.families import find_mlps
+from moyu_ext.models.families import find_mlps
 from moyu_ext.patching.patch import patch, report, unpatch
 from moyu_ext.patching.projections import ROWS, Projection, find_projections
 from snapshot import snapshot

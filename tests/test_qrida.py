@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from moyu_ext.errors import ArtifactError, ConfigurationError, PatchStateError
 from moyu_ext.methods import METHODS
-from moyu_ext.patching.cache import cache_of, passing
-from moyu_ext.patching.families import find_mlps
+from moyu_ext.models.cache import cache_of, passing
+from moyu_ext.models.families import find_mlps
 from moyu_ext.shadow.build import build_shadow
 from moyu_ext.shadow.reference import shadow_scores
 from torch import Tensor, nn
@@ -191,9 +191,9 @@ def test_prefill_obeys_where_asked(tiny: Make, prompt: Make) -> None:
     assert not torch.allclose(want, dense, rtol=1e-2)
 
 
-@pytest.mark.parametrize("method", [QRIDA(1.0), QRIDA(thresholds=0.0)])
+@pytest.mark.parametrize("method", [QRIDA(1.0, prefill=True), QRIDA(thresholds=0.0, prefill=True)])
 def test_everything_active_is_the_dense_model(tiny: Make, prompt: Make, method: QRIDA) -> None:
-    ids = prompt(4)  # up to 8 rows go through the rule
+    ids = prompt(4)
     with torch.no_grad():
         want = tiny("llama")(input_ids=ids).logits
         model = moyu_ext.patch(tiny("llama"), method)
@@ -209,7 +209,7 @@ def test_nothing_active_leaves_the_output_bias(tiny: Make, prompt: Make, family:
         nn.init.zeros_(site.linear(site.family.down).weight)
     with torch.no_grad():
         want = plain(input_ids=ids).logits
-        model = moyu_ext.patch(tiny(family), QRIDA(thresholds=1e30))
+        model = moyu_ext.patch(tiny(family), QRIDA(thresholds=1e30, prefill=True))
         torch.testing.assert_close(model(input_ids=ids).logits, want, rtol=1e-4, atol=1e-4)
     assert moyu_ext.report(model).density == 0
 

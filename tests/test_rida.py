@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from moyu_ext.calibration.split_experts import balanced_kmeans, expert_energy, split_experts
 from moyu_ext.evaluation.perplexity import generation_perplexity
 from moyu_ext.methods.rida import RIDA
-from moyu_ext.patching.families import find_mlps
+from moyu_ext.models.families import find_mlps
 from moyu_ext.reference import sparse_mlp
 from moyu_ext.routers.experts import Experts
-from moyu_ext.routers.split import balanced_kmeans, expert_energy, split_experts
 from study_support import WordTokenizer, text
 
 from moyu_ext import ArtifactError, ConfigurationError, patch, report, unpatch
@@ -57,9 +57,9 @@ def test_experts_are_groups_of_one_size(tiny, name: str, how: str) -> None:
 
 def test_coactivation_groups_neurons_that_fire_together() -> None:
     """Neurons are made of three planted groups, each alive on its own third of the tokens."""
-    from moyu_ext.patching.families import MlpWeights
-    from moyu_ext.routers.data import LayerInputs
-    from moyu_ext.routers.split import split_layer
+    from moyu_ext.calibration.router_data import LayerInputs
+    from moyu_ext.calibration.split_experts import split_layer
+    from moyu_ext.models.weights import MlpWeights
 
     g = torch.Generator().manual_seed(0)
     d, f = 12, 48

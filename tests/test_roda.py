@@ -5,16 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from moyu_ext.calibration import train_router as train
+from moyu_ext.calibration.train_router import train_router
 from moyu_ext.evaluation.perplexity import generation_perplexity
 from moyu_ext.methods.base import Method, compact
 from moyu_ext.methods.online_roda import OnlineRODA
 from moyu_ext.methods.roda import RODA
-from moyu_ext.patching.cache import cache_of, passing
-from moyu_ext.patching.families import find_mlps
+from moyu_ext.models.cache import cache_of, passing
+from moyu_ext.models.families import find_mlps
 from moyu_ext.reference import sparse_mlp
-from moyu_ext.routers import train
 from moyu_ext.routers.router import LayerRouter, Router
-from moyu_ext.routers.train import train_router
 from study_support import WordTokenizer, text
 
 from moyu_ext import ArtifactError, ConfigurationError, PatchStateError, patch, report, unpatch
@@ -45,7 +45,7 @@ def exact_router(model, threshold: float = 0.0) -> Router:
                 torch.full((w.f,), 0.5), 1e-30, threshold, *(1.0, 1.0, 0.5, 1.0, 0.5),
             )
         )  # fmt: skip
-    from moyu_ext.calibration.thresholds import fingerprint
+    from moyu_ext.models.fingerprint import fingerprint
 
     return Router(tuple(layers), fingerprint(model), 0.2, 0.9, 0)
 
@@ -139,7 +139,7 @@ def test_numbers_are_those_of_held_out_text(trained) -> None:
     """Recall, precision and density, recomputed from the model on the router's test windows."""
     model, router = trained
     from moyu_ext.calibration.calibrate import calibrate
-    from moyu_ext.routers.data import neuron_norms, read_windows, record
+    from moyu_ext.calibration.router_data import neuron_norms, read_windows, record
 
     parts = read_windows(model, WordTokenizer(), TEXTS, 2400, 0)
     sets = [{tuple(row) for row in part} for part in (parts.train, parts.validation, parts.test)]
@@ -163,7 +163,7 @@ def test_numbers_are_those_of_held_out_text(trained) -> None:
 
 def test_the_parts_share_no_text(tiny) -> None:
     """Long texts are cut into windows; all windows of a text belong to one part."""
-    from moyu_ext.routers.data import read_windows
+    from moyu_ext.calibration.router_data import read_windows
 
     texts = [text(600, seed) for seed in range(12)]  # three windows of at most 256 each
     parts = read_windows(tiny(), WordTokenizer(), texts, 1 << 20, 0)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from moyu_ext.errors import ConfigurationError, PatchStateError
 from moyu_ext.methods import SRIDA, STDA, TDA, Method
-from moyu_ext.patching.cache import passing
+from moyu_ext.models.cache import passing
 from moyu_ext.patching.patch import patch, report, scoring
 from moyu_ext.patching.sequence_state import ATTRIBUTE
 from snapshot import snapshot

@@ -13,8 +13,8 @@ import torch
 from moyu_ext.errors import PatchStateError
 from moyu_ext.methods import SRIDA, STDA, TDA
 from moyu_ext.methods.base import SequenceRule
-from moyu_ext.patching.cache import cache_of, passing
-from moyu_ext.patching.passes import real_tokens
+from moyu_ext.models.cache import cache_of, passing
+from moyu_ext.models.decoder import real_tokens
 from moyu_ext.patching.patch import patch, report, unpatch
 from moyu_ext.patching.sequence_state import SHORT, TAIL, SequenceState
 from torch import Tensor

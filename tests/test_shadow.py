@@ -5,7 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from moyu_ext.errors import ArtifactError, ConfigurationError, PatchStateError
-from moyu_ext.patching.families import MlpWeights, find_mlps
+from moyu_ext.models.families import find_mlps
+from moyu_ext.models.weights import MlpWeights
 from moyu_ext.shadow.build import build_shadow, quantise
 from moyu_ext.shadow.feedback import (
     build_each_for,

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from moyu_ext.calibration.text import encode
-from moyu_ext.routers.train import train_router
+from moyu_ext.calibration.train_router import train_router
+from moyu_ext.models.text import encode
 from moyu_ext.studies import written
 from moyu_ext.studies.activity import neuron_norms
 from moyu_ext.studies.history import activity, pulls_of_texts, run, theta

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from moyu_ext.patching.cache import cache_of, passing
+from moyu_ext.models.cache import cache_of, passing
 from moyu_ext.shadow.build import build_shadow
 from moyu_ext.shadow.pack import record_bytes
 from moyu_ext.studies import qrida_bytes, qrida_guard, qrida_rankings
@@ -17,7 +17,6 @@ from moyu_ext.studies.qrida_rankings import (
     EXACT,
     Ranked,
     Ranking,
-    activations_of,
     highest,
     layer_inputs,
     shadow_ranking,
@@ -84,7 +83,7 @@ def test_signs_are_counts_of_positive_products(tiny) -> None:
 def test_svd_of_full_rank_ranks_exactly_and_of_rank_one_does_not(tiny) -> None:
     w = tiny_subject(tiny).sites[0].weights()
     x = torch.randn(20, w.d, generator=torch.Generator().manual_seed(0))
-    gate, a = activations_of(x, w)
+    gate, a = w.activations(x)
     want = qrida_rankings._exact(w)(x, gate, a)
     torch.testing.assert_close(qrida_rankings._svd(w, 1.0)(x, gate, a), want, rtol=1e-3, atol=1e-4)
     low = qrida_rankings._svd(w, 1e-6)(x, gate, a)
@@ -95,7 +94,7 @@ def test_layer_inputs_are_what_the_mlps_get(text: Text) -> None:
     inputs = layer_inputs(text.subject, text.rows, text.context)
     assert [x.shape for x in inputs] == [(4 * 32, 32)] * 3
     w = weights_of(text)[0]
-    gate, a = activations_of(inputs[0], w)
+    gate, a = w.activations(inputs[0])
     torch.testing.assert_close(gate, F.silu(inputs[0] @ w.gate.t()))
     torch.testing.assert_close(a, gate * (inputs[0] @ w.up.t()))
 

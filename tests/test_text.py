@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from moyu_ext.calibration import text as text_module
 from moyu_ext.calibration.calibrate import calibrate
 from moyu_ext.errors import ConfigurationError
+from moyu_ext.models import text as text_module
 from test_calibrate import Letters, letters, tiny_llama
 
 

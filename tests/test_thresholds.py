@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from moyu_ext.calibration import thresholds as module
-from moyu_ext.calibration.thresholds import LayerThreshold, Thresholds, fingerprint
+from moyu_ext.calibration.thresholds import LayerThreshold, Thresholds
 from moyu_ext.errors import ArtifactError, ConfigurationError, MoyuError, UnsupportedModelError
+from moyu_ext.models.fingerprint import fingerprint
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 

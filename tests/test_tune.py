@@ -14,7 +14,7 @@ from moyu_ext.calibration.tune import FILE, Tuned, _Run, tune
 from moyu_ext.cli.tune import bit_pairs, percent
 from moyu_ext.errors import ArtifactError, ConfigurationError, PatchStateError
 from moyu_ext.evaluation.perplexity import generation_perplexity
-from moyu_ext.patching.families import find_mlps
+from moyu_ext.models.families import find_mlps
 
 import moyu_ext
 from moyu_ext import QRIDA, TDA, Shadows, Thresholds

@@ -167,11 +167,63 @@ def imports(path: Path) -> set[str]:
     return {name.split(".")[1] for name in found if name.startswith("moyu_ext.")}
 
 
+# From the ground up: a file imports lower floors or its own room, also inside functions.
+FLOORS = (
+    ("errors", "_files", "_progress", "reference"),
+    ("_artifact", "_load", "embedded"),
+    ("ops", "routers"),
+    ("models",),
+    ("shadow", "guard", "integrations"),
+    ("methods",),
+    ("patching",),
+    ("calibration",),
+    ("evaluation",),
+    ("studies", "benchmarking"),
+    ("cli",),
+)
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def upward(path: Path) -> set[str]:
+    """What a file imports that is neither on a lower floor nor in its own room."""
+    here = room(path)
+    below = {name for name in FLOOR if FLOOR[name] < FLOOR[here]}
+    return imports(path) - below - {here, "_C"}
+
+
+def test_every_file_is_on_a_floor() -> None:
+    doors = {"__init__", "__main__"}  # what the package shows, from every floor
+    rooms = {room(path) for path in files("python")} - doors
+    assert rooms == FLOOR.keys()
+
+
 def test_nothing_imports_upward() -> None:
-    top = {"cli", "studies"}
-    below = [p for p in files("python") if p.parent != PACKAGE and p.parts[-2] not in top]
-    assert len(below) > 20
-    upward = {str(p.relative_to(PACKAGE)): top & imports(p) for p in below}
-    assert {p: names for p, names in upward.items() if names} == {}
-    for name in ("ops.py", "reference.py", "_load.py", "errors.py"):
-        assert imports(PACKAGE / name) <= {"_load", "errors", "_C"}, name
+    rooms = [path for path in files("python") if room(path) in FLOOR]
+    assert len(rooms) > 100
+    assert {str(p.relative_to(PACKAGE)): up for p in rooms if (up := upward(p))} == {}
+
+
+@pytest.mark.parametrize(
+    ("importer", "line", "found"),
+    [
+        (
+            "methods/tda.py",
+            "def f():\n    from ..calibration.thresholds import Thresholds",
+            "calibration",
+        ),
+        ("ops.py", "from .models import weights", "models"),
+        ("shadow/store.py", "from .. import __version__", "__version__"),
+        ("cli/env.py", "import moyu_ext.patching.patch", ""),
+    ],
+)
+def test_an_import_upward_is_seen(
+    importer: str, line: str, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = PACKAGE / importer
+    text = path.read_text()
+    monkeypatch.setattr(Path, "read_text", lambda self: f"{text}\n\n{line}\n")
+    assert upward(path) == ({found} if found else set())

@@ -18,15 +18,15 @@ from .errors import (
 
 if TYPE_CHECKING:
     from .calibration.calibrate import calibrate
+    from .calibration.split_experts import split_experts
     from .calibration.thresholds import Thresholds
+    from .calibration.train_router import train_router
     from .calibration.tune import tune
     from .evaluation.perplexity import generation_perplexity
     from .methods import QRIDA, RIDA, RODA, SRIDA, STDA, TDA, Dense, OnlineRODA
     from .patching.patch import patch, report, scoring, unpatch
     from .routers.experts import Experts
     from .routers.router import Router
-    from .routers.split import split_experts
-    from .routers.train import train_router
     from .shadow.store import Shadows
 
 __version__ = "0.1.0"
@@ -49,8 +49,8 @@ _HOMES = {
     "patch": ".patching.patch",
     "report": ".patching.patch",
     "scoring": ".patching.patch",
-    "split_experts": ".routers.split",
-    "train_router": ".routers.train",
+    "split_experts": ".calibration.split_experts",
+    "train_router": ".calibration.train_router",
     "tune": ".calibration.tune",
     "unpatch": ".patching.patch",
 }

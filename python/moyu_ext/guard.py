@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .patching.families import MlpWeights
+from .models.weights import MlpWeights
 from .reference import ACTIVATIONS
 
 # One measurement changes epsilon by at most this factor, and all of them together by _RANGE.

@@ -13,7 +13,7 @@ from .. import reference
 from ..errors import ConfigurationError
 from ..methods import METHODS, STDA, TDA, Dense
 from ..methods.base import Method, check_count, check_density
-from ..patching.families import find_mlps, record_inputs
+from ..models.families import find_mlps, record_inputs
 
 MakeMethod = Callable[[nn.Module], Method]
 """Makes a method for an unpatched model."""

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from .. import ops, reference
 from ..errors import ConfigurationError
-from ..patching.report import read_share
 from ..shadow.reference import choose
 from ..shadow.reference import shadow_scores as plain_scores
 from .check import verify
@@ -66,9 +65,7 @@ class Case(ABC):
 
     def _bytes(self, plan: str) -> int:
         w = self.layers[0].weights
-        matrices = 3 if w.gated else 2
-        dense = matrices * w.f * w.d * w.up.element_size()
-        return round(read_share(plan, self.union / w.f, matrices) * dense)
+        return round(w.share_read(plan, self.union / w.f) * w.nbytes)
 
     @property
     def union(self) -> float:
@@ -93,10 +90,7 @@ class TorchDense(Case):
     def call(self, k: int) -> Tensor:
         """See `Case`."""
         w = self.layers[k].weights
-        act = reference.ACTIVATIONS[w.activation]
-        h = F.linear(self.x, w.up, w.up_bias)
-        a = act(h) if w.gate is None else act(F.linear(self.x, w.gate, w.gate_bias)) * h
-        return F.linear(a, self.downs[k], w.down_bias)
+        return F.linear(w.activations(self.x)[1], self.downs[k], w.down_bias)
 
     @property
     def bytes(self) -> int:
@@ -142,10 +136,7 @@ class Given(Case):
     def call(self, k: int) -> Tensor:
         """See `Case`."""
         w = self.layers[k].weights
-        return ops.sparse_mlp(
-            self.x, w.gate, w.up, w.down_t, w.gate_bias, w.up_bias, w.down_bias,
-            self.indices[k], self.counts[k], self.masks[k], w.activation,
-        )  # fmt: skip
+        return w.given(self.x, self.indices[k], self.counts[k], self.masks[k])
 
 
 class Gate(Case):
@@ -177,10 +168,7 @@ class Gate(Case):
     def call(self, k: int) -> Tensor:
         """See `Case`."""
         w = self.layers[k].weights
-        out, self.last_counts = ops.threshold_mlp(
-            self.x, w.gate, w.up, w.down_t, w.gate_bias, w.up_bias, w.down_bias,
-            self.scales[k], self.epsilons[k], w.activation, self.plan,
-        )  # fmt: skip
+        out, self.last_counts = w.by_threshold(self.x, self.plan, self.scales[k], self.epsilons[k])
         return out
 
     def verify(self, k: int, out: Tensor) -> float:
@@ -242,10 +230,10 @@ class ShadowMlp(Case):
     def call(self, k: int) -> Tensor:
         """See `Case`."""
         w, s = self.layers[k].weights, self.shadows[k]
-        out, self.last_counts = ops.shadow_mlp(
-            self.x, w.gate, w.up, w.down_t, w.gate_bias, w.up_bias, w.down_bias, s.data,
-            self.norms[k], self.epsilons[k], self.kept, s.bits_gate, s.bits_up, w.activation,
-        )  # fmt: skip
+        bits = (s.bits_gate, s.bits_up)
+        out, self.last_counts = w.by_shadow(
+            self.x, s.data, bits, self.norms[k], self.epsilons[k], self.kept
+        )
         return out
 
     def verify(self, k: int, out: Tensor) -> float:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..patching.families import MlpWeights
+from ..models.weights import MlpWeights
 from .rows import BenchmarkError
 
 _BLOCK = 1024  # neurons widened to float64 at a time: 100 MB at d = 4096

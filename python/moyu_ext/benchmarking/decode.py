@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..methods.base import Method, check_count
-from ..patching.cache import cache_of, passing
-from ..patching.families import MlpSite, find_mlps
+from ..models.cache import cache_of, passing
+from ..models.families import MlpSite, find_mlps
 from ..patching.patch import patch, report, unpatch
-from ..patching.report import read_share
 from .at_density import MakeMethod
 from .check import verify, verify_linear
 from .geometries import Geometry, geometry
@@ -316,9 +315,5 @@ class _Runner:
 
     def mlp_bytes(self, plan: str, density: float) -> int:
         """Those of them that are the MLPs'."""
-        total = 0
-        for site in self.sites:
-            matrices = len(site.family.linears)
-            numbers = matrices * site.f * site.d * read_share(plan, density, matrices)
-            total += round(numbers) * site.weights().up.element_size()
-        return total
+        weights = [site.weights() for site in self.sites]
+        return sum(round(w.share_read(plan, density) * w.nbytes) for w in weights)

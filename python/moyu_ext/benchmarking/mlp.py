@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import ConfigurationError
 from ..methods.base import check_count, check_density
-from ..patching.families import DTYPES
+from ..models.families import DTYPES
 from .cases import Case, TorchDense, find_plan, takes_density
 from .geometries import Geometry, geometry
 from .machine import MIB, Bandwidth, Machine, require_memory

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..methods.base import TokenRule
-from ..patching.families import MlpSite
+from ..models.families import MlpSite
 from ..patching.projections import Projection
 from ..patching.sparse_mlp import SparseMLP
 

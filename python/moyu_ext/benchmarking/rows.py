@@ -10,6 +10,7 @@ import os
 import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +107,7 @@ def commit() -> str:
         except (OSError, subprocess.CalledProcessError):
             return "unknown"  # no git here, or no commit yet
         return head + ("+" if changed else "")
-    from .. import __version__
-
-    return f"v{__version__}"
+    return f"v{version('moyu_ext')}"
 
 
 def _git(root: Path, *arguments: str) -> str:

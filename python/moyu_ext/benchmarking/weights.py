@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..patching.families import MlpWeights
+from ..models.weights import MlpWeights
 from ..shadow.build import build_shadow
 from ..shadow.pack import Shadow
 from .geometries import Geometry

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from .._progress import Step, steps
 from ..errors import ConfigurationError
 from ..methods.qrida import QRIDA
-from ..patching.families import MlpSite, MlpWeights, find_mlps
+from ..models.families import MlpSite, find_mlps
+from ..models.fingerprint import fingerprint
+from ..models.forward import answer_mlps, require_plain
+from ..models.text import Batch, encode_texts, longest_window, make_batch, read_texts, write_own
+from ..models.weights import MlpWeights
 from .cett import LayerTokens, largest_epsilon
-from .forward import answer_mlps, require_plain
-from .text import Batch, encode_texts, longest_window, make_batch, read_texts, write_own
-from .thresholds import LayerThreshold, Thresholds, fingerprint
+from .thresholds import LayerThreshold, Thresholds
 
 # A prompt shorter than this says too little about a sequence (the same as STDA's min_prompt).
 _MIN_PROMPT = 8

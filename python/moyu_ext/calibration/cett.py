@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConfigurationError
-from ..patching.families import MlpWeights
+from ..models.weights import MlpWeights
 from ..reference import ACTIVATIONS
 
 # The search ends with two thresholds, one on each side of the target, whose mean CETT differ by at

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..models.text import device
 from ..patching.patch import scoring
-from .text import device
 
 _TOKENS_PER_FORWARD = 4096
 

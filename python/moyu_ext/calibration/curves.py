@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..patching.families import MlpWeights
+from ..models.weights import MlpWeights
 from .cett import LayerTokens
 
 DENSITIES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.42, 0.36, 0.3, 0.25, 0.2, 0.16, 0.12, 0.09, 0.06, 0.04)

@@ -22,17 +22,10 @@ from ..errors import ConfigurationError
 from ..methods.base import Method
 from ..methods.qrida import QRIDA, shadow_scorer
 from ..methods.tda import TDA
-from ..patching.families import MlpSite, find_mlps
-from ..patching.patch import patch, unpatch
-from ..patching.report import read_share
-from ..shadow.feedback import build_each_for
-from ..shadow.pack import Shadow, record_bytes
-from ..shadow.store import Shadows
-from .cett import LayerTokens
-from .continuation import continuation_logits, continuation_losses, split_rows
-from .curves import Level, LossCurve, allocate, levels
-from .forward import answer_mlps, require_plain
-from .text import (
+from ..models.families import MlpSite, find_mlps
+from ..models.fingerprint import fingerprint
+from ..models.forward import answer_mlps, require_plain
+from ..models.text import (
     Batch,
     check_ids,
     device,
@@ -42,7 +35,13 @@ from .text import (
     windows,
     write_own,
 )
-from .thresholds import LayerThreshold, Thresholds, fingerprint
+from ..patching.patch import patch, unpatch
+from ..shadow.feedback import build_each_for
+from ..shadow.pack import Shadow, record_bytes
+from ..shadow.store import Shadows
+from .continuation import continuation_logits, continuation_losses, split_rows
+from .curves import Level, LossCurve, allocate, levels
+from .thresholds import LayerThreshold, Thresholds
 
 FILE = "moyu_tune.json"
 BITS = ((1, 1), (2, 1), (2, 2), (3, 3))
@@ -326,7 +325,7 @@ class _Run:
                 shadows = build_each_for(x, self.sites[index].weights(), self.bits)
                 self.fitted.append(dict(zip(self.bits, shadows, strict=True)))
             self.levels.append(self._levels(self.sites[index], governed))
-            return LayerTokens(x, self.sites[index].weights()).output(0.0)
+            return self.sites[index].weights().output(x)
 
         batch = Batch(self.rows, torch.ones_like(self.rows, dtype=torch.bool), [length] * count)
         answer_mlps(self.model, self.sites, batch, visit)
@@ -342,13 +341,11 @@ class _Run:
         return found
 
     def _share(self, site: MlpSite, bits: tuple[int, int] | None) -> Callable[[float], float]:
-        matrices = len(site.family.linears)
+        weights = site.weights()
         if bits is None:
-            return lambda density: read_share(self.score, density, matrices)
-        gated = site.family.gate is not None
-        record = record_bytes(site.d, bits[0] if gated else 0, bits[1])
-        added = record / (matrices * site.d * site.weights().up.element_size())
-        return lambda density: read_share("given", density, matrices, added)
+            return lambda density: weights.share_read(self.score, density)
+        added = weights.f * record_bytes(weights.d, bits[0] if weights.gated else 0, bits[1])
+        return lambda density: weights.share_read("given", density, added)
 
     def probe(self, index: int) -> None:
         """Measure what this layer's CETT costs."""

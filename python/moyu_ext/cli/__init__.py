@@ -46,9 +46,9 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from .. import __version__
+        from importlib.metadata import version as installed
 
-        typer.echo(f"moyu_ext {__version__}")
+        typer.echo(f"moyu_ext {installed('moyu_ext')}")
         raise typer.Exit()
 
 

@@ -12,12 +12,12 @@ from torch import Tensor
 from .. import embedded
 from ..calibration.calibrate import calibrate
 from ..calibration.cett import LayerTokens
-from ..calibration.text import encode, write_own
 from ..calibration.thresholds import Thresholds
 from ..evaluation.agreement import agreement, choices, dense_text
 from ..evaluation.perplexity import generation_perplexity
 from ..methods import METHODS, SRIDA, STDA, TDA, Dense, Method
-from ..patching.families import find_mlps, record_inputs
+from ..models.families import find_mlps, record_inputs
+from ..models.text import encode, write_own
 from ..patching.patch import patch, report, unpatch
 
 CETT = 0.2

@@ -63,10 +63,10 @@ def collect() -> dict[str, dict[str, Any]]:
 
 
 def _package() -> dict[str, Any]:
-    from .. import __version__
+    from importlib.metadata import version
 
     return {
-        "version": __version__,
+        "version": version("moyu_ext"),
         "location": str(Path(__file__).parents[1]),
         "shipped models": embedded.names(),
     }

@@ -203,7 +203,7 @@ def _ids(
     """Rows to score, and one long text for the sliding window."""
     import torch
 
-    from ..calibration.text import encode, windows
+    from ..models.text import encode, windows
 
     encoded = [encode(tokenizer, text) for text in corpus.documents()]
     length = context + continuation

@@ -154,7 +154,6 @@ def generate(
         "density": used.density,
         "added_bytes": used.added_bytes,
         "bytes_share": used.share,
-        "mlp_speedup": used.speedup,
         "guard_cett": used.cett,
         "guard_recall": used.recall,
         "tokens_per_second": run.tokens_per_second,

@@ -48,7 +48,7 @@ def split_experts(
     common.check_json(json)
     common.make_directory(out, "experts")
     lm, tokenizer = common.load_model(model, dtype, device)
-    from ..routers.split import split_experts as run
+    from ..calibration.split_experts import split_experts as run
 
     found = run(
         lm,

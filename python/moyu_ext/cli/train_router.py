@@ -66,7 +66,7 @@ def train_router(
     common.check_json(json)
     common.make_directory(out, "router")
     lm, tokenizer = common.load_model(model, dtype, device)
-    from ..routers.train import train_router as train
+    from ..calibration.train_router import train_router as train
 
     router = train(
         lm,

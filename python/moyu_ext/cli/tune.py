@@ -158,7 +158,7 @@ def _speed(model: Any, tuned: Tuned, tokens: int) -> dict[str, float]:
 
     import torch
 
-    from ..patching.cache import cache_of, passing
+    from ..models.cache import cache_of, passing
     from ..patching.patch import patch, unpatch
 
     def decode() -> float:

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..calibration import continuation
-from ..calibration.text import device
 from ..errors import ConfigurationError
 from ..methods.base import Method
+from ..models.text import device
 from ..patching.patch import patch, report, unpatch
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import embedded
-from ..calibration.text import read_texts
 from ..errors import ConfigurationError
+from ..models.text import read_texts
 
 DATA_VARIABLE = "MOYU_DATA"
 SHIPPED = "shipped stories"  # the domain where there is neither a data folder nor --text

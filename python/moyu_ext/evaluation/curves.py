@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ..calibration.calibrate import calibrate
-from ..calibration.text import encode_texts, longest_window, windows
+from ..calibration.split_experts import SPLITS, split_experts
 from ..calibration.thresholds import Thresholds
+from ..calibration.train_router import train_router
 from ..errors import ConfigurationError
 from ..methods.base import Method
 from ..methods.dense import Dense
@@ -24,12 +25,11 @@ from ..methods.roda import RODA
 from ..methods.srida import SRIDA
 from ..methods.stda import STDA
 from ..methods.tda import TDA
-from ..patching.families import find_mlps, record_inputs
+from ..models.families import find_mlps, record_inputs
+from ..models.text import encode_texts, longest_window, windows
 from ..reference import ACTIVATIONS
 from ..routers.experts import Experts
 from ..routers.router import Router
-from ..routers.split import SPLITS, split_experts
-from ..routers.train import train_router
 from ..shadow.store import Shadows
 
 TARGETS = (0.05, 0.1, 0.2, 0.35, 0.5)  # of CETT

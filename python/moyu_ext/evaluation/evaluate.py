@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from .._files import write_atomically
-from ..calibration.thresholds import fingerprint
 from ..errors import ConfigurationError
 from ..methods.base import Method
 from ..methods.online_roda import OnlineRODA
 from ..methods.roda import RODA
+from ..models.fingerprint import fingerprint
 from .agreement import (
     Comparison,
     compare,

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibration.text import device
-from ..patching.families import MlpSite, find_mlps
+from ..models.families import MlpSite, find_mlps
+from ..models.text import device
 
 _SAMPLES = 1 << 20  # values of one projection's input that a quantile is taken of
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..calibration.continuation import continuation_losses
-from ..calibration.text import check_ids, device, encode, longest_window
 from ..errors import ConfigurationError
+from ..models.text import check_ids, device, encode, longest_window
 
 _TOKENS_PER_FORWARD = 4096
 

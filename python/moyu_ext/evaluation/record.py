@@ -8,19 +8,16 @@ from typing import Any
 
 import torch
 
-from .. import __version__
-
 
 def versions() -> dict[str, str]:
     """Versions that a number may depend on."""
     from importlib.metadata import PackageNotFoundError, version
 
     found = {
-        "moyu_ext": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-    for package in ("transformers", "lm-eval", "rouge-score"):
+    for package in ("moyu_ext", "transformers", "lm-eval", "rouge-score"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from ..calibration.text import device, encode
 from ..errors import ConfigurationError
+from ..models.text import device, encode
 
 MEASURES = ("rouge1", "rouge2", "rougeL")
 # Files of the data folder's summ/, by name.

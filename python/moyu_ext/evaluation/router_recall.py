@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calibration.text import device
 from ..errors import ConfigurationError
 from ..methods.base import AdaptiveRule, TokenRule
 from ..methods.online_roda import OnlineRODA
 from ..methods.roda import RODA
-from ..patching.families import find_mlps, record_inputs
+from ..models.families import find_mlps, record_inputs
+from ..models.text import device
 from ..reference import activations
 
 
@@ -48,7 +48,7 @@ def router_recall(
             f"context is {context}; expected between 1 and {rows.shape[1] - 1}, so that rows of "
             f"{rows.shape[1]} tokens have something to measure"
         )
-    from ..calibration.thresholds import fingerprint
+    from ..models.fingerprint import fingerprint
 
     sites = find_mlps(model)
     method.validate(len(sites), lambda: fingerprint(model))

@@ -21,7 +21,7 @@ from transformers.integrations import moe
 
 from .. import ops
 from ..errors import UnsupportedModelError
-from ..patching.families import DTYPES, activation_name
+from ..models.families import DTYPES, activation_name
 
 NAME = "moyu"
 _ACTIVATION = "_moyu_activation"

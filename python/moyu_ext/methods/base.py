@@ -17,8 +17,7 @@ from torch import Tensor
 from .. import ops
 from ..errors import ArtifactError, ConfigurationError
 from ..guard import LayerGuard
-from ..patching.families import MlpWeights
-from ..reference import activations
+from ..models.weights import MlpWeights
 
 
 class LayerRule(ABC):  # noqa: B024
@@ -48,12 +47,7 @@ class TokenRule(LayerRule):
 
     def chosen(self, x: Tensor, weights: MlpWeights) -> Tensor:
         """The neurons that `apply` computes for x [rows, d], bool [rows, f]: for checks."""
-        w = weights
-        product = activations(x, w.gate, w.up, w.gate_bias, w.up_bias, w.activation)
-        gate = product
-        if w.gate is not None:
-            gate = activations(x, None, w.gate, None, w.gate_bias, w.activation)
-        return self.active(x, gate, product)
+        return self.active(x, *weights.to_float32().activations(x.float()))
 
 
 class PredictedRule(TokenRule):
@@ -66,7 +60,7 @@ class PredictedRule(TokenRule):
     def apply(self, x: Tensor, weights: MlpWeights) -> tuple[Tensor, Tensor]:
         """See `TokenRule`."""
         active = self.choose(x)
-        return given(x, weights, *compact(active)), active.sum(-1, dtype=torch.int32)
+        return weights.given(x, *compact(active)), active.sum(-1, dtype=torch.int32)
 
     def active(self, x: Tensor, gate: Tensor, product: Tensor) -> Tensor:
         """See `TokenRule`."""
@@ -130,19 +124,6 @@ class Method(ABC):
     def validate(self, layers: int, fingerprint: Callable[[], str]) -> None:  # noqa: B027
         """Raise ConfigurationError (ArtifactError for another model's thresholds) if the method
         does not fit a model with this many MLPs and this fingerprint of its weights."""
-
-
-def given(
-    x: Tensor,
-    weights: MlpWeights,
-    indices: Tensor | None = None,
-    count: Tensor | None = None,
-    mask: Tensor | None = None,
-) -> Tensor:
-    """The MLP of x [rows, d] over a set as `compact` gives it, or over all neurons: [rows, d]."""
-    w = weights
-    biases = (w.gate_bias, w.up_bias, w.down_bias)
-    return ops.sparse_mlp(x, w.gate, w.up, w.down_t, *biases, indices, count, mask, w.activation)
 
 
 def compact(active: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..patching.families import MlpWeights
-from .base import Method, TokenRule, given
+from ..models.weights import MlpWeights
+from .base import Method, TokenRule
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +31,7 @@ class Dense(Method):
 class _AllNeurons(TokenRule):
     def apply(self, x: Tensor, weights: MlpWeights) -> tuple[Tensor, Tensor]:
         counts = torch.full((x.shape[0],), weights.f, dtype=torch.int32, device=x.device)
-        return given(x, weights), counts
+        return weights.given(x), counts
 
     def active(self, x: Tensor, gate: Tensor, product: Tensor) -> Tensor:
         return torch.ones_like(product, dtype=torch.bool)

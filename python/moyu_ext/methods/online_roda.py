@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..patching.families import MlpWeights
+from ..models.weights import MlpWeights
 from ..routers.router import LayerRouter
 from .base import AdaptiveRule, Method, check_count, check_density
 from .roda import check_router, check_router_fits

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import ops
 from ..errors import ConfigurationError
 from ..guard import LayerGuard
-from ..patching.families import MlpWeights
+from ..models.weights import MlpWeights
 from ..shadow.build import build_shadow
 from ..shadow.pack import Shadow, pair_of
 from ..shadow.reference import choose
@@ -251,28 +251,14 @@ class _ShadowRule(TokenRule):
         self.guard = guard
 
     def apply(self, x: Tensor, weights: MlpWeights) -> tuple[Tensor, Tensor]:
-        w, s = weights, self.router.shadow
-        out, counts = ops.shadow_mlp(
-            x,
-            w.gate,
-            w.up,
-            w.down_t,
-            w.gate_bias,
-            w.up_bias,
-            w.down_bias,
-            s.data,
-            self.router.norms,
-            self.epsilon,
-            self.k,
-            s.bits_gate,
-            s.bits_up,
-            w.activation,
-        )
+        s, norms = self.router.shadow, self.router.norms
+        bits = (s.bits_gate, s.bits_up)
+        out, counts = weights.by_shadow(x, s.data, bits, norms, self.epsilon, self.k)
         row = None if self.guard is None else self.guard.due(x.shape[0])
         if row is not None:
             assert self.guard is not None
             x = x[row : row + 1]
-            self.guard.measure(x, w, self.router.norms, self.chosen(x, w))
+            self.guard.measure(x, weights, norms, self.chosen(x, weights))
         return out, counts
 
     def chosen(self, x: Tensor, weights: MlpWeights) -> Tensor:
@@ -299,8 +285,8 @@ def _check_device(device: torch.device) -> None:
     key = "CUDA" if device.type == "cuda" else "CPU"
     if not torch._C._dispatch_has_kernel_for_dispatch_key("moyu_ext::shadow_mlp", key):
         raise ConfigurationError(
-            f"QRIDA has no operator for {device} in this build of moyu_ext; install it again where "
-            "nvcc is found, or move the model to the CPU"
+            f"QRIDA has no operator for {device} in this build of moyu_ext; install it again "
+            "beside a CUDA build of torch where nvcc is found, or move the model to the CPU"
         )
 
 

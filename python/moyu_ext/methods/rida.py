@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ArtifactError, ConfigurationError
-from ..patching.families import MlpWeights
+from ..models.weights import MlpWeights
 from ..routers.experts import LayerExperts
 from .base import Method, PredictedRule, TokenRule, check_density
 
@@ -24,7 +24,7 @@ class RIDA(Method):
     score are active, ties going to the lower index. The set is known before the MLP: gate, up and
     down are skipped.
 
-    experts: from `moyu_ext.routers.split.split_experts`, or `Experts.from_pretrained`.
+    experts: from `moyu_ext.calibration.split_experts.split_experts`, or `Experts.from_pretrained`.
     prefill: multi-token forwards obey the rule too.
 
     Raises ConfigurationError for a density outside (0, 1] or a wrong number of layers,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ArtifactError, ConfigurationError
-from ..patching.families import MlpWeights
+from ..models.weights import MlpWeights
 from ..routers.router import LayerRouter
 from .base import Method, PredictedRule, TokenRule, check_density
 
@@ -23,7 +23,7 @@ class RODA(Method):
     score_i(x) = (W_2 W_1 x + b)_i, W_1 [r, d], W_2 [f, r]; neuron i is active where its score is at
     least the layer's threshold. The set is known before the MLP: gate, up and down are skipped.
 
-    router: from `moyu_ext.routers.train.train_router`, or `Router.from_pretrained`.
+    router: from `moyu_ext.calibration.train_router.train_router`, or `Router.from_pretrained`.
     density: None for the thresholds that the router was trained to (a target recall); a number in
     (0, 1] for thresholds that gave this mean density on validation text.
     prefill: multi-token forwards obey the rule too.

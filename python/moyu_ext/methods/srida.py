@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..patching.families import MlpWeights
+from ..models.weights import MlpWeights
 from .base import Method, SequenceRule, check_choice, check_count, check_density
 from .stda import contribution
 

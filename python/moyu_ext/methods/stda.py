@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..patching.families import MlpWeights
+from ..models.weights import MlpWeights
 from .base import (
     Method,
     SequenceRule,

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..patching.families import MlpWeights
+from ..models.weights import MlpWeights
 from .base import Method, TokenRule, check_choice, check_thresholds, describe, epsilon_of, epsilons
 
 
@@ -62,20 +61,7 @@ class _Threshold(TokenRule):
         self.scale = weights.column_norms() if plan == "product" else None
 
     def apply(self, x: Tensor, weights: MlpWeights) -> tuple[Tensor, Tensor]:
-        w = weights
-        return ops.threshold_mlp(
-            x,
-            w.gate,
-            w.up,
-            w.down_t,
-            w.gate_bias,
-            w.up_bias,
-            w.down_bias,
-            self.scale,
-            self.epsilon,
-            w.activation,
-            self.plan,
-        )
+        return weights.by_threshold(x, self.plan, self.scale, self.epsilon)
 
     def active(self, x: Tensor, gate: Tensor, product: Tensor) -> Tensor:
         score = gate.float().abs() if self.scale is None else product.float().abs() * self.scale

@@ -3,7 +3,6 @@ decoder: they see the cache, the mask and the lengths, which no MLP sees."""
 
 from __future__ import annotations
 
-import inspect
 import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,8 @@ from torch import Tensor, nn
 from .. import ops
 from ..errors import ConfigurationError, PatchStateError
 from ..methods.base import AdaptiveRule, SequenceRule
-from .cache import NAMES, argument, cache_of
+from ..models.cache import cache_of
+from ..models.decoder import Arguments, real_tokens
 from .sequence_state import SHORT, SequenceState, attach, in_place, state_of
 
 
@@ -24,9 +24,10 @@ from .sequence_state import SHORT, SequenceState, attach, in_place, state_of
 class Pass:
     """The tokens of one forward: `batch` sequences of `length` tokens.
 
-    decode: every sequence obeys its set. Otherwise all neurons are computed, tokens in `learn`
-    (bool [batch, length]; None: all) enter the statistic if `learns`, and tokens in `govern` (None:
-    none) obey the rule or set; those of them in `refresh` (None: none) by using all neurons.
+    decode: every token obeys the rule, or its sequence's set. Otherwise all neurons are computed,
+    tokens in `learn` (bool [batch, length]; None: all) enter the statistic if `learns`, and tokens
+    in `govern` (None: none) obey the rule or set; those of them in `refresh` (None: none) by using
+    all neurons.
     choose: the set is chosen in between, for scoring.
     """
 
@@ -61,45 +62,6 @@ class Layer(Protocol):
         """Where the weights are."""
 
 
-class Arguments:
-    """Reads arguments of a decoder's forward, however they were passed."""
-
-    def __init__(self, decoder: nn.Module) -> None:
-        self._position = {
-            name: i for i, name in enumerate(inspect.signature(decoder.forward).parameters)
-        }
-
-    def get(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """The argument `name`, or None."""
-        if name in kwargs:
-            return kwargs[name]
-        position = self._position.get(name)
-        return args[position] if position is not None and position < len(args) else None
-
-    def cache(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """The cache that the forward continues, or None."""
-        found = (self.get(name, args, kwargs) for name in NAMES)
-        return next((cache for cache in found if cache is not None), None)
-
-    def shape(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int]:
-        """(batch, new tokens per sequence)."""
-        tokens = self.get("input_ids", args, kwargs)
-        if tokens is None:
-            tokens = self.get("inputs_embeds", args, kwargs)
-        return (1, tokens.shape[0]) if tokens.dim() == 1 else (tokens.shape[0], tokens.shape[1])
-
-
-def find_decoder(model: nn.Module, stack: str) -> nn.Module | None:
-    """The innermost module around the stack of layers whose forward takes ids and a cache."""
-    parts = stack.split(".")
-    for end in range(len(parts), -1, -1):
-        module = model.get_submodule(".".join(parts[:end]))
-        takes_ids = "input_ids" in inspect.signature(module.forward).parameters
-        if takes_ids and argument(module) is not None:
-            return module
-    return None
-
-
 class Meter:
     """Counts decode under fixed sets for the report: once per forward, since 32 layers that each
     add to a number of their own are 32 kernels per token on a GPU.
@@ -122,6 +84,55 @@ class Meter:
         """Start anew."""
         self.used.zero_()
         self.tokens.zero_()
+
+
+_BEGUN = "_moyu_begun"
+
+
+class TokenHooks:
+    """Forward hooks on the decoder for a per-token method: prompt or decode, see `Pass`."""
+
+    def __init__(self, decoder: nn.Module, context: Context) -> None:
+        self.arguments = Arguments(decoder)
+        self.context = context
+
+    def before(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook: decide the pass."""
+        if self.context.scoring:
+            return  # other hooks decide
+        self.context.current = None
+        if kwargs.get("cu_seq_lens_q") is not None:
+            return  # tokens of many sequences in one row: each obeys the rule where rows allow
+        batch, length = self.arguments.shape(args, kwargs)
+        begun = _begun(self.arguments.cache(args, kwargs))
+        if begun is not None:
+            self.context.current = Pass(batch, length, decode=begun and length <= SHORT)
+
+    def after(
+        self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """Forward hook: forget the pass."""
+        if self.context.scoring:
+            return
+        self.context.current = None
+        cache = self.arguments.cache(args, kwargs)
+        if cache is None and output is not None:
+            cache = cache_of(output)
+        if hasattr(cache, "get_seq_length"):
+            setattr(cache, _BEGUN, True)
+
+
+def _begun(cache: Any) -> bool | None:
+    """Whether a cache holds tokens already; None where it does not say."""
+    if not hasattr(cache, "get_seq_length"):
+        return False if cache is None else None
+    if torch.compiler.is_compiling():
+        # A traced forward must not look at a number that lies on the device.
+        return getattr(cache, _BEGUN, False)
+    try:
+        return int(cache.get_seq_length()) > 0
+    except ValueError:  # recurrent states alone
+        return None
 
 
 class SequenceHooks:
@@ -360,7 +371,9 @@ class ScoringHooks:
             self.context.current = None
 
 
-def register(decoder: nn.Module, hooks: SequenceHooks | ScoringHooks) -> Callable[[], None]:
+def register(
+    decoder: nn.Module, hooks: TokenHooks | SequenceHooks | ScoringHooks
+) -> Callable[[], None]:
     """Put the hooks on the decoder; returns what takes them off again."""
     handles = [
         decoder.register_forward_pre_hook(hooks.before, with_kwargs=True),
@@ -373,29 +386,6 @@ def register(decoder: nn.Module, hooks: SequenceHooks | ScoringHooks) -> Callabl
             handle.remove()
 
     return remove
-
-
-def real_tokens(mask: Any, batch: int, length: int, past: int) -> Tensor | None:
-    """Which of the new tokens are no padding: bool [batch, length], or None for all.
-
-    `mask` is what the decoder got: [batch, past + length] (0 is padding), or the 4-D mask that
-    static caches get (bool, or additive floats), where a token is real if it sees itself, or a
-    dictionary of those. Anything else (flex attention's block masks) says nothing: all are real.
-    """
-    if isinstance(mask, Mapping):
-        mask = mask.get("full_attention", next(iter(mask.values()), None))
-    if not isinstance(mask, Tensor):
-        return None
-    # A cache of fixed size has columns past the new tokens; a sliding one lacks the first.
-    start = past if mask.shape[-1] >= past + length else mask.shape[-1] - length
-    if mask.dim() == 2:
-        return (mask[:, start : start + length] != 0).expand(batch, length)
-    if mask.dim() == 4:
-        columns = mask[:, 0, -length:, start : start + length]
-        seen = columns.diagonal(dim1=-2, dim2=-1)
-        seen = seen if seen.dtype == torch.bool else seen > -1
-        return seen.expand(batch, length)
-    return None
 
 
 def _columns(cache: Any) -> int:

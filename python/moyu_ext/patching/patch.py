@@ -14,11 +14,12 @@ from torch import nn
 from ..errors import ConfigurationError, PatchStateError, UnsupportedModelError
 from ..methods.base import Method
 from ..methods.qrida import QRIDA
-from .clock import dense_seconds
-from .families import check_hooks, find_mlps
-from .passes import Context, ScoringHooks, SequenceHooks, find_decoder, register
+from ..models.decoder import find_decoder
+from ..models.families import check_hooks, find_mlps
+from ..models.fingerprint import fingerprint
+from .passes import Context, ScoringHooks, SequenceHooks, TokenHooks, register
 from .projections import Projection, find_projections
-from .report import LayerReport, Report, read_share
+from .report import LayerReport, Report
 from .sparse_mlp import Bypass, SparseMLP, StandIn, make_contiguous
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -58,8 +59,8 @@ def patch(
     the linear layers beside the MLPs (attention's, the head) with the project's own GEMV, up to 8
     rows at a time (4 on a GPU): all of their neurons, so nothing but rounding changes. The model
     keeps its parameters and their names; W_down is laid out neuron-major, so memory peaks one
-    W_down above the model's (and QRIDA adds its shadows). On the CPU the dense MLPs are timed
-    first, three calls each, for `report`. For inference on the device the model is on.
+    W_down above the model's (and QRIDA adds its shadows). For
+    inference on the device the model is on.
 
     Raises UnsupportedModelError for a model that it does not know, ConfigurationError for a method
     or layers that do not fit, and for projections=True where no linear layer can be taken,
@@ -86,7 +87,7 @@ def patch(
             "before patch"
         )
     sites = find_mlps(model)
-    method.validate(len(sites), lambda: _fingerprint(model))
+    method.validate(len(sites), lambda: fingerprint(model))
     context = Context()
     chosen = [sites[index] for index in _layer_indices(layers, len(sites))]
     for site in chosen:
@@ -94,7 +95,7 @@ def patch(
     mlps = [SparseMLP(site, method, context, slot) for slot, site in enumerate(chosen)]
     stack = sites[0].stack
     decoder = find_decoder(model, stack)
-    hooks = None
+    hooks, token_hooks = None, None
     if method.level == "sequence":
         if decoder is None:
             raise UnsupportedModelError(
@@ -103,10 +104,9 @@ def patch(
                 "with a per-token method (Dense, TDA)"
             )
         hooks = SequenceHooks(decoder, context, mlps, method.min_prompt, method.refresh)
+    elif decoder is not None:
+        token_hooks = TokenHooks(decoder, context)
     linears = find_projections(model, sites) if projections else []
-    times = dense_seconds(sites)
-    for mlp in mlps:
-        mlp.dense_seconds = times[mlp.site.index]
     patched = _Patch(method, mlps, decoder, context, hooks, len(linears))
     try:
         for mlp in mlps:
@@ -115,10 +115,11 @@ def patch(
             projection = Projection(getattr(parent, name))
             projection.use_huge_pages()
             _replace(parent, name, projection, patched.undo)
-        if decoder is not None and hooks is not None:
-            patched.undo.append(register(decoder, hooks))
+        following = hooks or token_hooks
+        if decoder is not None and following is not None:
+            patched.undo.append(register(decoder, following))
             _pickle_without(decoder, patched.undo)
-        if decoder is not model or hooks is None:
+        if decoder is not model:
             _pickle_without(model, patched.undo)
     except BaseException:
         patched.revert()
@@ -160,8 +161,6 @@ def report(model: nn.Module, *, reset: bool = False) -> Report:
         site = mlp.site
         guard = getattr(mlp.rule, "guard", None)
         added = mlp.rule.added_bytes
-        matrices = len(site.family.linears)
-        size = matrices * mlp.f * mlp.d * site.linear(site.family.up).weight.element_size()
         rows.append(
             LayerReport(
                 site.index,
@@ -173,10 +172,7 @@ def report(model: nn.Module, *, reset: bool = False) -> Report:
                 mlp.refreshes,
                 None if guard is None else guard.report(),
                 added,
-                read_share(patched.method.plan, density, matrices, added / size),
-                mlp.clock.seconds,
-                mlp.dense_seconds,
-                size,
+                site.weights().share_read(patched.method.plan, density, added),
             )
         )
         if reset:
@@ -261,7 +257,7 @@ def _layer_indices(layers: Iterable[int] | None, count: int) -> list[int]:
 
 def _fingerprint(model: nn.Module) -> str:
     # Here, not above: calibration stands on patching.
-    from ..calibration.thresholds import fingerprint
+    from ..models.fingerprint import fingerprint
 
     return fingerprint(model)
 
@@ -301,7 +297,9 @@ def _pickle_without(module: nn.Module, undo: list[Callable[[], None]]) -> None:
             kept = {
                 key: hook
                 for key, hook in state[hooks].items()
-                if not isinstance(getattr(hook, "__self__", None), (SequenceHooks, ScoringHooks))
+                if not isinstance(
+                    getattr(hook, "__self__", None), (TokenHooks, SequenceHooks, ScoringHooks)
+                )
             }
             state[hooks] = type(state[hooks])(kept)
             for suffix in ("_with_kwargs", "_always_called"):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..errors import ConfigurationError, PatchStateError
-from .families import DTYPES, MlpSite
+from ..models.families import DTYPES, MlpSite
 from .sparse_mlp import StandIn, inference_only
 
 # Rows at a time, by device. On an H100 the MLP over all neurons, which has the same loop, was

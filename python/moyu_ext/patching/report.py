@@ -7,9 +7,6 @@ from dataclasses import dataclass
 
 from ..guard import GuardReport
 
-# Below this all MLPs of a model live in a large CPU's cache.
-_CACHED = 256 * 2**20
-
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -20,10 +17,7 @@ class LayerReport:
     padding included); refreshes: sets chosen, one per sequence and prompt; guard: the true CETT and
     recall of what a router chose, where the method has one and its guard is on; added_bytes: memory
     that the method keeps beside the weights; share: bytes read per governed token, those of
-    added_bytes included, of the dense MLP's weights in the model's dtype; seconds: mean time of the
-    governed forwards with one token but the first, and dense_seconds of the MLP before the patch
-    (NaN off the CPU, under torch.compile, and dense_seconds after the model was moved or
-    converted); dense_bytes: of the MLP's weights.
+    added_bytes included, of the dense MLP's weights in the model's dtype.
     """
 
     index: int
@@ -36,9 +30,6 @@ class LayerReport:
     guard: GuardReport | None = None
     added_bytes: int = 0
     share: float = math.nan
-    seconds: float = math.nan
-    dense_seconds: float = math.nan
-    dense_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -92,27 +83,17 @@ class Report:
             return math.nan
         return sum(layer.share * layer.tokens for layer in self.layers if layer.tokens) / tokens
 
-    @property
-    def speedup(self) -> float:
-        """Of the MLPs at one row over torch's dense MLPs, as measured: these when the model was
-        patched, those in use. NaN off the CPU, or where no forward had one token."""
-        timed = [(r.dense_seconds, r.seconds) for r in self.layers if not math.isnan(r.seconds)]
-        return sum(d for d, _ in timed) / sum(s for _, s in timed) if timed else math.nan
-
     def _measured(self, name: str) -> float:
         guards = [layer.guard for layer in self.layers if layer.guard and layer.guard.tokens]
         tokens = sum(guard.tokens for guard in guards)
         return sum(getattr(g, name) * g.tokens for g in guards) / tokens if tokens else math.nan
 
     def cost(self) -> str:
-        """Memory, predicted and measured speed in one sentence."""
+        """Memory and the speed that the bytes read allow, in one sentence."""
         most = f"{1 / self.share:.2f}" if self.share else "inf"
-        measured = "" if math.isnan(self.speedup) else f", {self.speedup:.2f}x as measured"
-        if self.speedup < 1.1 and sum(layer.dense_bytes for layer in self.layers) < _CACHED:
-            measured += " (they fit into a CPU's cache, where sparsity saves little time)"
         return (
             f"{self.added_bytes / 2**20:.2f} MiB added, {100 * self.share:.1f} % of the MLPs' "
-            f"bytes read per token: MLPs {most}x as fast at one row by that{measured}"
+            f"bytes read per token: the MLPs are {most}x as fast where memory is the limit"
         )
 
     def __str__(self) -> str:
@@ -139,17 +120,6 @@ class Report:
         if self.projections:
             lines.append(f"{self.projections} linear layers beside the MLPs by moyu_ext's own GEMV")
         return "\n".join(lines)
-
-
-def read_share(plan: str, density: float, matrices: int, added: float = 0.0) -> float:
-    """Bytes that a token reads, of those of a dense MLP with this many matrices (3 gated, 2 not).
-
-    With m matrices: `given` reads density, `gate` (1 + (m - 1) density) / m and `product`
-    (m - 1 + density) / m, since matrices that tell which neurons are active are read in full.
-    added: what the rule reads beside the weights (`added_bytes`), over the dense MLP's bytes.
-    """
-    known = {"dense": matrices, "given": 0, "gate": 1, "product": matrices - 1}[plan]
-    return (known + (matrices - known) * density) / matrices + added
 
 
 def _percent(density: float) -> str:

@@ -19,10 +19,9 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..errors import PatchStateError
-from ..methods.base import AdaptiveRule, Method, SequenceRule, TokenRule, compact, given
-from ..reference import ACTIVATIONS
-from .clock import Clock
-from .families import MlpSite, MlpWeights, check_weights
+from ..methods.base import AdaptiveRule, Method, SequenceRule, TokenRule, compact
+from ..models.families import MlpSite, check_weights
+from ..models.weights import MlpWeights
 from .passes import Context, Pass
 from .sequence_state import LayerState
 
@@ -148,9 +147,6 @@ class SparseMLP(StandIn):
         self.rule = method.bind(site.index, weights)
         self.per_token = isinstance(self.rule, TokenRule)
         self._watched: list[_Watched] = []
-        self.refreshes: int = 0
-        self.dense_seconds = float("nan")
-        """Of the MLP before the patch, at one row."""
         self.reset_counts()
         # New values may need another layout, and the rule new column norms.
         self.register_load_state_dict_post_hook(SparseMLP._forget_weights)
@@ -161,15 +157,14 @@ class SparseMLP(StandIn):
         return self.site.linear(self.site.family.up).weight.device
 
     def reset_counts(self) -> None:
-        """Start the report anew: neurons active, tokens governed, tokens run dense, time."""
+        """Start the report anew: neurons active, tokens governed, tokens run dense."""
         device = self.device
         # Never inference tensors: later forwards may run outside of inference_mode.
         with torch.inference_mode(False):
             self.active = torch.zeros(1, dtype=torch.int64, device=device)
             self.tokens = torch.zeros(1, dtype=torch.int64, device=device)
             self.dense_tokens = torch.zeros(1, dtype=torch.int64, device=device)
-        self.refreshes = 0
-        self.clock = Clock()
+        self.refreshes: int = 0
 
     def take_layout(self) -> None:
         """Make W_down neuron-major, in place in its parameter, and read the weights again."""
@@ -192,8 +187,6 @@ class SparseMLP(StandIn):
             setattr(self, name, fn(getattr(self, name)))
         # Read again at the next forward: an MLP spread over a layer moves part by part.
         self.weights = None
-        # Times of another device or dtype.
-        self.clock, self.dense_seconds = Clock(), float("nan")
         return self
 
     def _read_weights(self) -> MlpWeights:
@@ -219,14 +212,10 @@ class SparseMLP(StandIn):
         if weights is None or self._changed():
             weights = self._read_weights()
         current = self.context.current
+        if self.per_token and (current is None or current.govern is None):
+            return self._by_token(x, weights, current)
         if current is None:
-            rows = x.numel() // self.d
-            if not self.per_token or (rows > ops.MAX_ROWS and not self.method.prefill):
-                return self._dense(x, weights)
-            if rows <= ops.MAX_ROWS:
-                return self._token(x, weights)
-            everything = torch.ones(1, rows, dtype=torch.bool, device=x.device)
-            return self._computed(x, weights, Pass(1, rows, govern=everything))
+            return self._dense(x, weights)
         if x.numel() != current.batch * current.length * self.d:
             raise PatchStateError(
                 f"{self.site.name} got x {list(x.shape)} in a forward of {current.batch} sequences "
@@ -237,13 +226,26 @@ class SparseMLP(StandIn):
             return self._given(x, weights, current)
         return self._computed(x, weights, current)
 
-    def _token(self, x: Tensor, weights: MlpWeights) -> Tensor:
-        start = self.clock.start(x)
+    def _by_token(self, x: Tensor, weights: MlpWeights, current: Pass | None) -> Tensor:
+        """A per-token rule: prompts run dense, what follows in up to 8 sequences obeys the rule."""
+        n = x.numel() // self.d
+        decode = n <= ops.MAX_ROWS  # without a pass, which knows the sequences, the rows decide
+        if current is not None and not self.method.prefill:
+            decode = current.decode and current.batch <= ops.MAX_ROWS
+        if not decode and not self.method.prefill:
+            return self._dense(x, weights)
+        if not decode:
+            everything = torch.ones(1, n, dtype=torch.bool, device=x.device)
+            return self._computed(x, weights, Pass(1, n, govern=everything))
         rows = self._rows(x, weights)
-        out, counts = self.rule.apply(rows, weights)  # type: ignore[union-attr]
-        self.active.add_(counts if counts.numel() == 1 else counts.sum())
-        self.tokens.add_(rows.shape[0])
-        self.clock.stop(start, rows.shape[0])
+        parts = [
+            self.rule.apply(part, weights)  # type: ignore[union-attr]
+            for part in rows.split(ops.MAX_ROWS)
+        ]
+        for _, counts in parts:
+            self.active.add_(counts if counts.numel() == 1 else counts.sum())
+        self.tokens.add_(n)
+        out = parts[0][0] if len(parts) == 1 else torch.cat([out for out, _ in parts])
         return self._output(out, x)
 
     def _rows(self, x: Tensor, weights: MlpWeights) -> Tensor:
@@ -262,10 +264,7 @@ class SparseMLP(StandIn):
         rows = current.batch * current.length
         if rows > ops.MAX_ROWS:
             return self._dense(x, weights)
-        start = self.clock.start(x)
-        out = self._of_set(x, weights, current)
-        self.clock.stop(start, rows)
-        return out
+        return self._of_set(x, weights, current)
 
     def _of_set(self, x: Tensor, weights: MlpWeights, current: Pass) -> Tensor:
         assert current.state is not None
@@ -294,17 +293,17 @@ class SparseMLP(StandIn):
     def _sparse(
         self, x: Tensor, weights: MlpWeights, indices: Tensor, count: Tensor, mask: Tensor | None
     ) -> Tensor:
-        out = given(self._rows(x, weights), weights, indices, count, mask)
+        out = weights.given(self._rows(x, weights), indices, count, mask)
         return self._output(out, x)
 
     def _dense(self, x: Tensor, weights: MlpWeights) -> Tensor:
-        _, product = self._activations(x, weights)
+        _, product = weights.activations(x)
         self.dense_tokens.add_(x.numel() // self.d)
         return self._down(product, weights)
 
     def _computed(self, x: Tensor, weights: MlpWeights, current: Pass) -> Tensor:
         """All neurons, those masked that a governed token may not use."""
-        gate, product = self._activations(x, weights)
+        gate, product = weights.activations(x)
         shape = (current.batch, current.length, self.f)
         a = product.view(shape)
         rows = current.batch * current.length
@@ -356,17 +355,6 @@ class SparseMLP(StandIn):
         if isinstance(rule, AdaptiveRule):
             return rule.active(x.reshape(*a.shape[:2], self.d), total, tokens)
         return rule.choose(total, tokens)
-
-    def _activations(self, x: Tensor, weights: MlpWeights) -> tuple[Tensor, Tensor]:
-        """act(W_gate x) and a(x), [..., f] in the model's dtype, as the model computes them."""
-        act = ACTIVATIONS[weights.activation]
-        up = F.linear(x, weights.up, weights.up_bias)
-        if weights.gate is None:
-            product = act(up)
-            return product, product
-        gate = act(F.linear(x, weights.gate, weights.gate_bias))
-        # In place where no gradient needs `up`: one pass over [n, f] less than the model's own.
-        return gate, gate * up if torch.is_grad_enabled() else up.mul_(gate)
 
     def _down(self, a: Tensor, weights: MlpWeights) -> Tensor:
         down = self.site.linear(self.site.family.down)

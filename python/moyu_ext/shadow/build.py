@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
-from ..patching.families import MlpWeights
+from ..models.weights import MlpWeights
 from .pack import BLOCK, Codes, Shadow, blocks_of, check_bits, pack, record_bytes
 
 # Step between levels for normally distributed weights of unit variance (Max 1960, table II), where

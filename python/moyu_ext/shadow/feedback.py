@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..patching.families import MlpWeights
+from ..models.weights import MlpWeights
 from .build import quantise
 from .pack import BLOCK, Codes, Shadow, pack
 

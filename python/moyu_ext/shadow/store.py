@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from .._artifact import folder_of
 from .._files import write_atomically
 from .._progress import steps
-from ..calibration.cett import LayerTokens
-from ..calibration.forward import answer_mlps, require_plain
-from ..calibration.text import encode_texts, longest_window, make_batch, read_texts, write_own
-from ..calibration.thresholds import fingerprint
 from ..errors import ArtifactError, ConfigurationError
-from ..patching.families import MlpWeights, find_mlps
+from ..models.families import find_mlps
+from ..models.fingerprint import fingerprint
+from ..models.forward import answer_mlps, require_plain
+from ..models.text import encode_texts, longest_window, make_batch, read_texts, write_own
+from ..models.weights import MlpWeights
 from .build import build_shadow
 from .feedback import build_for
 from .pack import BITS, Shadow, pair_of, record_bytes, unpack
@@ -108,7 +108,7 @@ class Shadows:
                 step(f"layer {index + 1} of {len(sites)}", index, len(sites))
                 weights = sites[index].weights()
                 layers.append(build_for(x, weights, *pairs[index]))
-                return LayerTokens(x, weights).output(0.0)
+                return weights.output(x)
 
             answer_mlps(model, sites, make_batch(model, rows, max_tokens, 1), visit)
         return cls(tuple(layers), fingerprint(model), fitted=True)

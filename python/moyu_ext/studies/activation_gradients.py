@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..calibration.text import write_own
 from ..evaluation.statistics import Interval, bootstrap
-from ..patching.families import MlpSite, find_mlps
+from ..models.families import MlpSite, find_mlps
+from ..models.text import write_own
 from .report import Report
 from .setting import Setting, Subject
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..evaluation.statistics import top_mask
-from ..patching.families import MlpSite, record_inputs
+from ..models.families import MlpSite, record_inputs
 from ..reference import activations
 from .setting import Setting, Subject
 

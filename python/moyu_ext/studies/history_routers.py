@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..calibration.train_router import train_router
 from ..evaluation.agreement import compare, continuation_logits
 from ..evaluation.statistics import bootstrap, covered, sign_at, sign_flip_p, top_mask
 from ..methods.roda import RODA
-from ..patching.families import record_inputs
+from ..models.families import record_inputs
 from ..routers.router import QUANTILES, LayerRouter, Router
-from ..routers.train import train_router
 from .activity import norms_of, prompt_statistic, typical_size
 from .report import Report
 from .setting import Setting, Subject

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calibration.text import encode
 from ..evaluation.statistics import bootstrap, jaccard, sign_flip_p, sign_of
+from ..models.text import encode
 from .activity import neuron_norms, prompt_statistic, strongest
 from .paraphrases import PAIRS
 from .report import Report

@@ -27,7 +27,6 @@ from .qrida_rankings import (
     STATIC,
     Ranked,
     Ranking,
-    activations_of,
     highest,
     layer_inputs,
     rankings,
@@ -169,7 +168,7 @@ def _recall(text: Text, candidates: Sequence[Ranking]) -> dict[str, Any]:
     for index, x in enumerate(inputs):
         w = subject.sites[index].weights()
         with torch.no_grad():
-            gate, a = activations_of(x, w)
+            gate, a = w.activations(x)
             truth = candidates[0].scorers[index](x, gate, a)
             exact = {d: highest(truth, size(d, w.f)) for d in DENSITIES}
             for ranking in candidates[1:]:
@@ -213,7 +212,7 @@ def _at_cett(setting: Setting, text: Text) -> dict[str, Any]:
         for site, x in zip(subject.sites, inputs, strict=True):
             w = site.weights()
             with torch.no_grad():
-                want = activations_of(x, w)[1].abs() * w.column_norms() >= exact[site.index]
+                want = w.activations(x)[1].abs() * w.column_norms() >= exact[site.index]
                 got = method.scorer(site.index, w)(x) >= epsilon[site.index]
             hits = (want & got).sum().item()
             layers.append(

@@ -17,7 +17,7 @@ from ..calibration.tune import tune
 from ..errors import ConfigurationError
 from ..methods.qrida import QRIDA
 from ..methods.tda import TDA
-from ..patching.report import read_share
+from ..models.weights import read_share
 from .parts import once
 from .qrida_rankings import layer_inputs, shadow_share
 from .qrida_text import Text, percent

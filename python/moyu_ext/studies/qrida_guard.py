@@ -19,12 +19,12 @@ from torch import Tensor
 
 from .. import ops
 from ..calibration.calibrate import calibrate
-from ..calibration.text import encode, windows
 from ..evaluation.perplexity import generation_perplexity
 from ..guard import LayerGuard
 from ..methods.qrida import QRIDA
-from ..patching.cache import cache_of, passing
-from ..patching.families import MlpWeights
+from ..models.cache import cache_of, passing
+from ..models.text import encode, windows
+from ..models.weights import MlpWeights
 from ..patching.patch import patch, unpatch
 from ..patching.patch import report as usage
 from ..shadow.reference import choose

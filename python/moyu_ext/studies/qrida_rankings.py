@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..calibration.train_router import train_router
 from ..methods.base import Method, Rule, TokenRule
-from ..patching.families import MlpSite, MlpWeights, record_inputs
-from ..patching.report import read_share
+from ..models.families import MlpSite, record_inputs
+from ..models.weights import MlpWeights, read_share
 from ..reference import ACTIVATIONS
-from ..routers.train import train_router
 from ..shadow.build import build_shadow
 from ..shadow.feedback import build_for
 from ..shadow.pack import BLOCK, Shadow
@@ -106,16 +106,6 @@ def layer_inputs(subject: Subject, rows: Tensor, context: int = 0) -> list[Tenso
     return [torch.cat(parts) for parts in found]
 
 
-def activations_of(x: Tensor, w: MlpWeights) -> tuple[Tensor, Tensor]:
-    """act(W_gate x) and a(x), [n, f] each (twice a(x) where ungated)."""
-    act = ACTIVATIONS[w.activation]
-    up = F.linear(x, w.up, w.up_bias)
-    if w.gate is None:
-        return act(up), act(up)
-    gate = act(F.linear(x, w.gate, w.gate_bias))
-    return gate, gate * up
-
-
 def rankings(
     setting: Setting, subject: Subject, documents: Sequence[str] | None, rows: Tensor
 ) -> list[Ranking]:
@@ -123,7 +113,7 @@ def rankings(
     those that need training or calibration learn from; None: without a trained router."""
     weights = [site.weights() for site in subject.sites]
     inputs = layer_inputs(subject, rows)
-    matrices = 3 if weights[0].gated else 2
+    matrices = weights[0].matrices
     after_up = partial(read_share, "product", matrices=matrices)
     found = [Ranking(EXACT, [_exact(w) for w in weights], after_up)]
     if matrices == 3:
@@ -196,7 +186,7 @@ def _scaled_gate(scale: Tensor) -> Scorer:
 
 def _mean_square(x: Tensor, w: MlpWeights) -> Tensor:
     with torch.no_grad():
-        return activations_of(x, w)[1].square().mean(0) * w.column_norms() ** 2
+        return w.activations(x)[1].square().mean(0) * w.column_norms() ** 2
 
 
 def _constant(values: Tensor) -> Scorer:

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from .. import embedded
 from ..calibration.calibrate import calibrate
-from ..calibration.text import encode, windows
-from ..calibration.thresholds import Thresholds, fingerprint
+from ..calibration.thresholds import Thresholds
 from ..errors import ConfigurationError
 from ..evaluation.corpus import DATA_VARIABLE, SHIPPED, Corpus
-from ..patching.families import MlpSite, find_mlps
+from ..models.families import MlpSite, find_mlps
+from ..models.fingerprint import fingerprint
+from ..models.text import encode, windows
 from ..shadow.store import Shadows
 from . import written
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from ..calibration.text import longest_window
 from ..errors import MoyuError
 from ..evaluation.statistics import sign_at, sign_flip_p
 from ..methods.base import Method
@@ -22,6 +21,7 @@ from ..methods.dense import Dense
 from ..methods.srida import SRIDA
 from ..methods.stda import STDA
 from ..methods.tda import TDA
+from ..models.text import longest_window
 from . import tables_paper as paper
 from .report import Report
 from .setting import Setting, Subject

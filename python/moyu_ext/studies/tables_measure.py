@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..calibration.text import encode, longest_window
 from ..errors import ConfigurationError
 from ..evaluation.agreement import patched
 from ..evaluation.rouge import load_items, rouge, summarise
 from ..evaluation.tasks import find_task, number_matches
 from ..methods.base import Method
+from ..models.text import encode, longest_window
 from ..patching.patch import report, scoring
 from .activity import mask_arguments
 from .attention import chosen_tokens, mask_without, received_attention

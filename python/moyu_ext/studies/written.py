@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .. import embedded
-from ..calibration.text import encode
+from ..models.text import encode
 
 AUTHORS = ("stories_silu", "stories_relu")
 OPENINGS = (

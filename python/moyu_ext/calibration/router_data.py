@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibration.text import (
+from ..errors import ConfigurationError
+from ..models.families import MlpSite, record_inputs
+from ..models.text import (
     check_ids,
     device,
     encode_texts,
@@ -19,8 +21,7 @@ from ..calibration.text import (
     windows,
     write_own,
 )
-from ..errors import ConfigurationError
-from ..patching.families import MlpSite, MlpWeights, record_inputs
+from ..models.weights import MlpWeights
 from ..reference import activations
 
 MEMORY = 2 << 30  # bytes of inputs that are held at once

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PatchStateError, UnsupportedModelError
-from ..patching.families import MlpSite
+from .families import MlpSite
 from .text import Batch
 
 # (layer, its inputs at the real tokens [tokens, d]) -> what the MLP puts out there [tokens, d]

@@ -19,14 +19,16 @@ from torch import Tensor, nn
 from .._artifact import check_free
 from .._files import write_atomically
 from .._progress import steps
-from ..calibration.calibrate import calibrate
-from ..calibration.forward import require_plain
-from ..calibration.thresholds import Thresholds, fingerprint
 from ..errors import ConfigurationError
 from ..methods.base import check_count
-from ..patching.families import MlpWeights, find_mlps
-from .data import LayerInputs, chunks, neuron_norms, read_windows, record
-from .router import QUANTILES, LayerRouter, Router
+from ..models.families import find_mlps
+from ..models.fingerprint import fingerprint
+from ..models.forward import require_plain
+from ..models.weights import MlpWeights
+from ..routers.router import QUANTILES, LayerRouter, Router
+from .calibrate import calibrate
+from .router_data import LayerInputs, chunks, neuron_norms, read_windows, record
+from .thresholds import Thresholds
 
 RANKS = (1 / 16, 1 / 8, 1 / 4)  # of d, tried where no rank is given
 _BATCH = 256

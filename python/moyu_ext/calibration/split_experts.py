@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..calibration.forward import require_plain
-from ..calibration.thresholds import fingerprint
 from ..errors import ConfigurationError
 from ..methods.base import check_choice, check_count
-from ..patching.families import MlpWeights, find_mlps
-from .data import LayerInputs, chunks, neuron_norms, read_windows, record
-from .experts import Experts, LayerExperts
+from ..models.families import find_mlps
+from ..models.fingerprint import fingerprint
+from ..models.forward import require_plain
+from ..models.weights import MlpWeights
+from ..routers.experts import Experts, LayerExperts
+from .router_data import LayerInputs, chunks, neuron_norms, read_windows, record
 
 SPLITS = ("kmeans", "coactivation", "random")
 _ROUNDS = 10  # of balanced k-means

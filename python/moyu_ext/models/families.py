@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
 from ..reference import ACTIVATIONS
+from .weights import MlpWeights
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -66,48 +66,6 @@ SUPPORTED = (
     "Qwen3, Gemma and others with the same forward) and OPT (fc1, activation_fn, fc2), "
     f"with activation {', '.join(ACTIVATIONS)} and weights in float32, float16 or bfloat16"
 )
-
-
-@dataclass(frozen=True)
-class MlpWeights:
-    """The weights of one MLP as the operators take them.
-
-    gate: [f, d] or None (ungated); up: [f, d]; down_t: [f, d], W_down neuron-major (may be a
-    transposed view); biases [f], [f], [d] or None; activation: a key of `reference.ACTIVATIONS`.
-    """
-
-    gate: Tensor | None
-    up: Tensor
-    down_t: Tensor
-    gate_bias: Tensor | None
-    up_bias: Tensor | None
-    down_bias: Tensor | None
-    activation: str
-
-    @property
-    def d(self) -> int:
-        """Hidden size."""
-        return self.up.shape[1]
-
-    @property
-    def f(self) -> int:
-        """Intermediate size, the number of neurons."""
-        return self.up.shape[0]
-
-    @property
-    def gated(self) -> bool:
-        """Whether there is a gate projection."""
-        return self.gate is not None
-
-    def column_norms(self) -> Tensor:
-        """c_i = ||W_down[:, i]||_2, float32 [f]."""
-        # In blocks, since the conversion to float32 makes a copy: of 64 MB, which malloc gives back
-        # to the system at once, where smaller ones would leave holes in its heap.
-        norms = torch.empty(self.f, dtype=torch.float32, device=self.down_t.device)
-        rows = max(1, (1 << 24) // self.d)
-        for block, part in zip(self.down_t.detach().split(rows), norms.split(rows), strict=True):
-            part.copy_(torch.linalg.vector_norm(block, dim=1, dtype=torch.float32))
-        return norms
 
 
 class MlpSite:
@@ -334,12 +292,7 @@ def _check_forward(site: MlpSite) -> None:
     x = x.to(up.device, up.dtype)
     modes = [(module, module.training) for module in site.module.modules()]
     with torch.no_grad():
-        if weights.gate is None:
-            a = ACTIVATIONS[site.activation](F.linear(x, up, weights.up_bias))
-        else:
-            gate = F.linear(x, weights.gate, weights.gate_bias)
-            a = ACTIVATIONS[site.activation](gate) * F.linear(x, up, weights.up_bias)
-        expected = F.linear(a, weights.down_t.t(), weights.down_bias).float()
+        expected = weights.down(weights.activations(x)[1]).float()
         site.module.eval()
         try:
             actual = site.module.forward(x)  # not the call: a user's hooks see nothing of this

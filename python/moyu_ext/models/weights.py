@@ -1,0 +1,152 @@
+"""The weights of one MLP, and what can be computed from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import ops
+from ..reference import ACTIVATIONS
+
+# Rows whose activations [rows, f] are held in float32 at a time.
+_ROWS = 256
+
+
+@dataclass(frozen=True)
+class MlpWeights:
+    """The weights of one MLP as the operators take them.
+
+    gate: [f, d] or None (ungated); up: [f, d]; down_t: [f, d], W_down neuron-major (may be a
+    transposed view); biases [f], [f], [d] or None; activation: a key of `reference.ACTIVATIONS`.
+    """
+
+    gate: Tensor | None
+    up: Tensor
+    down_t: Tensor
+    gate_bias: Tensor | None
+    up_bias: Tensor | None
+    down_bias: Tensor | None
+    activation: str
+
+    @property
+    def d(self) -> int:
+        """Hidden size."""
+        return self.up.shape[1]
+
+    @property
+    def f(self) -> int:
+        """Intermediate size, the number of neurons."""
+        return self.up.shape[0]
+
+    @property
+    def gated(self) -> bool:
+        """Whether there is a gate projection."""
+        return self.gate is not None
+
+    @property
+    def matrices(self) -> int:
+        """3 where there is a gate projection, else 2."""
+        return 3 if self.gated else 2
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the matrices, which a dense MLP reads at each token."""
+        return self.matrices * self.up.nbytes
+
+    def share_read(self, plan: str, density: float, added: float = 0.0) -> float:
+        """Bytes that one token reads over those of the dense MLP, see `read_share`; added: bytes
+        that the rule reads beside the weights."""
+        return read_share(plan, density, self.matrices, added / self.nbytes)
+
+    def activations(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """act(W_gate x) and a(x), [..., f] in the weights' dtype, by torch's own operators; both
+        are a(x) where the MLP is ungated."""
+        act = ACTIVATIONS[self.activation]
+        up = F.linear(x, self.up, self.up_bias)
+        if self.gate is None:
+            product = act(up)
+            return product, product
+        gate = act(F.linear(x, self.gate, self.gate_bias))
+        # In place where no gradient needs `up`: one pass over [n, f] less than the model's own.
+        return gate, gate * up if torch.is_grad_enabled() else up.mul_(gate)
+
+    def down(self, a: Tensor) -> Tensor:
+        """W_down a + bias: [..., f] -> [..., d]."""
+        return F.linear(a, self.down_t.t(), self.down_bias)
+
+    def to_float32(self) -> MlpWeights:
+        """A copy in float32, which shares what is float32 already."""
+        tensors: dict[str, Any] = {
+            name: value.detach().float()
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, **tensors)
+
+    def output(self, x: Tensor) -> Tensor:
+        """The MLP of x [n, d] over all neurons, computed in float32, in x's dtype."""
+        wide, out = self.to_float32(), torch.empty_like(x)
+        with torch.no_grad():
+            for block, rows in zip(x.split(_ROWS), out.split(_ROWS), strict=True):
+                rows.copy_(wide.down(wide.activations(block.float())[1]))
+        return out
+
+    def given(
+        self,
+        x: Tensor,
+        indices: Tensor | None = None,
+        count: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """x [rows, d] over a set as `compact` gives it, or over all neurons: [rows, d]."""
+        matrices = (self.gate, self.up, self.down_t, self.gate_bias, self.up_bias, self.down_bias)
+        return ops.sparse_mlp(x, *matrices, indices, count, mask, self.activation)
+
+    def by_threshold(
+        self, x: Tensor, plan: str, scale: Tensor | None, epsilon: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """x [rows, d] over the neurons whose score, known after `plan` ("gate" or "product"), is
+        not below epsilon [1]; scale [f] or None multiplies the score. Returns the output [rows, d]
+        and active neurons per row, int32 [rows]."""
+        matrices = (self.gate, self.up, self.down_t, self.gate_bias, self.up_bias, self.down_bias)
+        return ops.threshold_mlp(x, *matrices, scale, epsilon, self.activation, plan)
+
+    def by_shadow(
+        self,
+        x: Tensor,
+        records: Tensor,
+        bits: tuple[int, int],
+        norms: Tensor,
+        epsilon: Tensor | None,
+        k: int,
+    ) -> tuple[Tensor, Tensor]:
+        """x [rows, d] over the neurons that a shadow (records and bits of gate and up) scores not
+        below epsilon, or the top k where epsilon is None; norms [f] scale the scores. Returns as
+        `by_threshold`."""
+        matrices = (self.gate, self.up, self.down_t, self.gate_bias, self.up_bias, self.down_bias)
+        return ops.shadow_mlp(x, *matrices, records, norms, epsilon, k, *bits, self.activation)
+
+    def column_norms(self) -> Tensor:
+        """c_i = ||W_down[:, i]||_2, float32 [f]."""
+        # In blocks, since the conversion to float32 makes a copy: of 64 MB, which malloc gives back
+        # to the system at once, where smaller ones would leave holes in its heap.
+        norms = torch.empty(self.f, dtype=torch.float32, device=self.down_t.device)
+        rows = max(1, (1 << 24) // self.d)
+        for block, part in zip(self.down_t.detach().split(rows), norms.split(rows), strict=True):
+            part.copy_(torch.linalg.vector_norm(block, dim=1, dtype=torch.float32))
+        return norms
+
+
+def read_share(plan: str, density: float, matrices: int, added: float = 0.0) -> float:
+    """Bytes that a token reads, of those of a dense MLP with this many matrices (3 gated, 2 not).
+
+    With m matrices: `given` reads density, `gate` (1 + (m - 1) density) / m and `product`
+    (m - 1 + density) / m, since matrices that tell which neurons are active are read in full.
+    added: what the rule reads beside the weights (`added_bytes`), over the dense MLP's bytes.
+    """
+    known = {"dense": matrices, "given": 0, "gate": 1, "product": matrices - 1}[plan]
+    return (known + (matrices - known) * density) / matrices + added
