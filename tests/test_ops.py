@@ -331,3 +331,32 @@ def test_operators_work_on_after_memory_ran_out() -> None:
 def test_rows_without_elements_are_refused() -> None:
     with pytest.raises(RuntimeError, match=r"must not be empty, got .*\[2, 0\]"):
         ops.gather_gemv(torch.ones(2, 0), torch.ones(3, 0), None, None)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+def test_activations_far_below_zero_are_right_to_their_last_digits(activation: str) -> None:
+    """act(h) for h of one neuron each, W_down the identity; the formulas in float64."""
+    h = -torch.cat([torch.linspace(0.5, 9, 69), torch.tensor([12.0])]).double()
+    want = {
+        "silu": lambda: h / (1 + torch.exp(-h)),
+        "gelu": lambda: h / 2 * torch.special.erfc(-h / 2**0.5),
+        "gelu_tanh": lambda: (
+            h / (1 + torch.exp(-2 * (2 / torch.pi) ** 0.5 * (h + 0.044715 * h**3)))
+        ),
+    }[activation]()
+    up = h.float().unsqueeze(1).expand(-1, 16).contiguous() / 16
+    eye = torch.zeros(70, 16)
+    got = []
+    for first in range(0, 70, 16):  # 16 outputs a call
+        part = eye.clone()
+        part[first : first + 16] = torch.eye(16)[: 70 - first]
+        got.append(
+            ops.sparse_mlp(
+                torch.ones(1, 16), None, up, part, None, None, None, None, None, None, activation
+            )[0, : 70 - first]
+        )
+    # Rounding of the exponent is a relative error of the power.
+    bound = (8 + 4 * (want / h).log().abs()) * torch.finfo(torch.float32).eps
+    error = (torch.cat(got).double() - want).abs() / want.abs()
+    seen = want.abs() > 1e-37  # below lie float32's subnormals
+    assert seen.sum() > 60 and (error <= bound)[seen].all(), (error / bound)[seen].max()
