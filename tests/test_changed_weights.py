@@ -30,8 +30,13 @@ def in_place(linear: nn.Module) -> None:
         linear.weight.mul_(1.5)
 
 
+def copy_data(linear: nn.Module) -> None:
+    """As reinforcement learning syncs weights: nothing counts it."""
+    linear.weight.data.copy_(linear.weight.data * 1.5)
+
+
 @pytest.mark.parametrize("family", ["llama", "opt"])
-@pytest.mark.parametrize("change", [scale_data, new_parameter, in_place])
+@pytest.mark.parametrize("change", [scale_data, new_parameter, in_place, copy_data])
 @pytest.mark.parametrize("method", [Dense(), QRIDA(1.0), QRIDA(0.4)], ids=repr)
 def test_prompt_and_decode_use_the_new_weights(
     change: Change, method: Method, family: str, tiny: Make, prompt: Prompt
@@ -118,3 +123,34 @@ def test_weights_may_change_in_grad_mode(tiny: Make, prompt: Prompt) -> None:
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight.mul_(1.5)
     assert model(prompt(3)).logits.requires_grad
+
+
+def other_activation(mlp: nn.Module) -> None:
+    mlp.act_fn = nn.Tanh()
+
+
+def hook_on_activation(mlp: nn.Module) -> None:
+    mlp.act_fn.register_forward_hook(lambda module, args, out: out * 2)
+
+
+def own_forward(mlp: nn.Module) -> None:
+    mlp.up_proj.forward = lambda x: mlp.gate_proj(x)
+
+
+@pytest.mark.parametrize("change", [other_activation, hook_on_activation, own_forward])
+def test_what_a_patched_mlp_would_not_run_is_an_error_before_and_after(
+    change: Change, tiny: Make, prompt: Prompt
+) -> None:
+    model = patch(tiny(), QRIDA(0.4))
+    with torch.no_grad():
+        model.generate(prompt(3), max_new_tokens=2)
+        change(model.model.layers[1].mlp)
+        for ids in (prompt(3), prompt(12)):
+            with pytest.raises(PatchStateError, match=r"layers\.1\.mlp\.(act_fn|up_proj)"):
+                model(ids)
+    unpatch(model)
+    with torch.no_grad():
+        model(prompt(3))
+    if change is not other_activation:
+        with pytest.raises(UnsupportedModelError, match=r"layers"):
+            patch(model, QRIDA(0.4))

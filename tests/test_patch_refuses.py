@@ -17,6 +17,7 @@ from moyu_ext.errors import (
     UnsupportedModelError,
 )
 from moyu_ext.methods import SRIDA, STDA, TDA, Dense, Method
+from moyu_ext.models.cache import cache_of, passing
 from moyu_ext.patching import patch as patch_module
 from moyu_ext.patching.patch import patch, report, scoring, unpatch
 from moyu_ext.patching.sparse_mlp import SparseMLP
@@ -154,8 +155,9 @@ def test_training_is_refused(method: Method, family: str, tiny: Make, prompt: Pr
 def test_backward_is_refused(tiny: Make, prompt: Prompt) -> None:
     """The operators have no gradient: an error rather than weights that stay as they are."""
     model = patch(tiny(), TDA(0.0))
+    cache = cache_of(model(prompt(4)))
     with pytest.raises(PatchStateError, match=r"no gradient.*unpatch"):
-        model(prompt(4)).logits.sum().backward()
+        model(prompt(4), **passing(model, cache)).logits.sum().backward()
 
 
 @BOTH

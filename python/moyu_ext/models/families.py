@@ -331,9 +331,12 @@ def check_hooks(site: MlpSite) -> None:
     """
     for name in (*site.family.linears, site.family.activation):
         part = site.linear(name)
-        if getattr(part, "_forward_hooks", None) or getattr(part, "_forward_pre_hooks", None):
+        own = "forward" in getattr(part, "__dict__", {})
+        hooks = getattr(part, "_forward_hooks", None) or getattr(part, "_forward_pre_hooks", None)
+        if own or hooks:
+            what = "a forward of its own" if own else "forward hooks"
             raise UnsupportedModelError(
-                f"{site.name}.{name} carries forward hooks, which a patched MLP would not run; "
+                f"{site.name}.{name} carries {what}, which a patched MLP would not run; "
                 "remove them before patch, or put them on the MLP"
             )
 

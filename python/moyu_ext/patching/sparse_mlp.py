@@ -25,6 +25,8 @@ from ..models.weights import MlpWeights
 from .passes import Context, Pass
 from .sequence_state import LayerState
 
+_SAMPLES = 64
+
 
 class _InferenceOnly(torch.autograd.Function):
     """Identity whose backward is an error: the operators have no gradient."""
@@ -89,6 +91,7 @@ class _Watched:
         self.linear = self._linear()
         self.weight = self.linear.weight
         self.version, self.pointer = self._state()
+        self.sample = self._sample()
 
     def _linear(self) -> Any:
         linear = self.children[self.key]
@@ -98,6 +101,16 @@ class _Watched:
         weight = self.weight  # inference tensors count no versions
         return 0 if weight.is_inference() else weight._version, weight.data_ptr()
 
+    def _sample(self) -> Tensor:
+        """Some of the values, bit by bit, so that a NaN equals itself."""
+        flat = self.weight.detach().as_strided((self.weight.numel(),), (1,))  # either layout
+        values = flat[:: max(1, len(flat) // _SAMPLES)].clone()
+        return values.view(torch.int32 if values.element_size() == 4 else torch.int16)
+
+    def rewritten(self) -> bool:
+        """Whether the values are others although nothing counted it, as behind `weight.data`."""
+        return not torch.equal(self._sample(), self.sample)
+
     def changed(self) -> bool:
         """Whether the layer, its parameter or the values (written in place) are others now."""
         linear = self._linear()
@@ -106,16 +119,21 @@ class _Watched:
                 f"{self.name} is a {type(linear).__name__} now, which a patched MLP does not run; "
                 "call moyu_ext.unpatch(model) before you change its layers, and patch it again"
             )
-        hooked = linear._forward_hooks or linear._forward_pre_hooks
-        if hooked and self.children[self.key] is linear:  # a stand-in runs its hooks
-            raise PatchStateError(
-                f"{self.name} got forward hooks, which a patched MLP does not run; put them on the "
-                "MLP, or call moyu_ext.unpatch(model) first"
-            )
+        if self.children[self.key] is linear:  # a stand-in runs its hooks
+            refuse_additions(linear, self.name)
         return (
             linear is not self.linear
             or linear._parameters.get("weight") is not self.weight
             or self._state() != (self.version, self.pointer)
+        )
+
+
+def refuse_additions(part: Any, name: str) -> None:
+    """Raise PatchStateError for hooks on a part of a patched MLP, or a forward of its own."""
+    if part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__:
+        raise PatchStateError(
+            f"{name} got forward hooks, or a forward of its own, which a patched MLP does not run; "
+            "put them on the MLP, or call moyu_ext.unpatch(model) first"
         )
 
 
@@ -147,6 +165,7 @@ class SparseMLP(StandIn):
         self.rule = method.bind(site.index, weights)
         self.per_token = isinstance(self.rule, TokenRule)
         self._watched: list[_Watched] = []
+        self._activation: tuple[Any, ...] = ()
         self.reset_counts()
         # New values may need another layout, and the rule new column norms.
         self.register_load_state_dict_post_hook(SparseMLP._forget_weights)
@@ -174,6 +193,8 @@ class SparseMLP(StandIn):
                 down.data = down.data.t().contiguous().t()
             self.weights = self.site.weights()
             self._watched = [_Watched(self.site, name) for name in self.site.family.linears]
+            # In a tuple, else it became a child.
+            self._activation = (self._find_activation(),)
             for weight in (self.weights.gate, self.weights.up, self.weights.down_t):
                 if weight is not None:
                     ops.use_huge_pages(weight)
@@ -196,9 +217,27 @@ class SparseMLP(StandIn):
         self.rule = self.method.bind(self.site.index, self.weights)
         return self.weights
 
+    def _find_activation(self) -> Any:
+        found = getattr(self.site.module, self.site.family.activation)
+        return getattr(found, "original", found)  # behind a stand-in, where MLPs are inline
+
     def _changed(self) -> bool:
-        """Whether somebody gave the MLP other weights; a traced forward cannot tell."""
-        return not torch.compiler.is_compiling() and any(w.changed() for w in self._watched)
+        """Whether somebody gave the MLP other weights; a traced forward cannot tell. A prompt also
+        looks at some values, since writing to `weight.data` leaves no trace."""
+        if torch.compiler.is_compiling():
+            return False
+        name = f"{self.site.name}.{self.site.family.activation}"
+        activation = self._find_activation()
+        if activation is not self._activation[0]:
+            raise PatchStateError(
+                f"{name} is another one since the patch; call moyu_ext.unpatch(model) before you "
+                "change its layers, and patch it again"
+            )
+        if isinstance(activation, nn.Module) and not self.site.family.inline:
+            refuse_additions(activation, name)
+        current = self.context.current
+        prompt = current is not None and not current.decode
+        return any(w.changed() or (prompt and w.rewritten()) for w in self._watched)
 
     def forward(self, x: Tensor) -> Tensor:
         """The MLP's output, [..., d]; PatchStateError in training mode, and where a part of the MLP
