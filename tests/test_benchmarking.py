@@ -21,6 +21,7 @@ from moyu_ext.benchmarking.weights import Filler
 from moyu_ext.cli import app
 from moyu_ext.errors import ConfigurationError
 from moyu_ext.methods import RODA
+from moyu_ext.models.cache import cache_of, passing
 from moyu_ext.models.families import find_mlps
 from moyu_ext.models.fingerprint import fingerprint
 from moyu_ext.routers.router import LayerRouter, Router
@@ -265,8 +266,10 @@ def test_probes_see_what_the_mlp_computes(size: Geometry) -> None:
     model = random_model(size, torch.float32)
     sites = find_mlps(model)
     patch(model, method_at("tda", 0.3)(model))
-    with torch.inference_mode(), recorded(sites, governed=True) as seen:
-        model(input_ids=torch.arange(3, 8).unsqueeze(0))
+    with torch.inference_mode():
+        cache = cache_of(model(input_ids=torch.arange(8, 11).unsqueeze(0)))
+        with recorded(sites, governed=True) as seen:
+            model(input_ids=torch.arange(3, 8).unsqueeze(0), **passing(model, cache))
     unpatch(model)
     assert [s.site.index for s in seen] == [0, 1, 2]
     for s in seen:
