@@ -95,6 +95,11 @@ class MlpWeights:
                 rows.copy_(wide.down(wide.activations(block.float())[1]))
         return out
 
+    @property
+    def _operands(self) -> tuple[Tensor | None, ...]:
+        """In the order in which every operator of an MLP takes them."""
+        return self.gate, self.up, self.down_t, self.gate_bias, self.up_bias, self.down_bias
+
     def given(
         self,
         x: Tensor,
@@ -103,8 +108,7 @@ class MlpWeights:
         mask: Tensor | None = None,
     ) -> Tensor:
         """x [rows, d] over a set as `compact` gives it, or over all neurons: [rows, d]."""
-        matrices = (self.gate, self.up, self.down_t, self.gate_bias, self.up_bias, self.down_bias)
-        return ops.sparse_mlp(x, *matrices, indices, count, mask, self.activation)
+        return ops.sparse_mlp(x, *self._operands, indices, count, mask, self.activation)
 
     def by_threshold(
         self, x: Tensor, plan: str, scale: Tensor | None, epsilon: Tensor
@@ -112,8 +116,7 @@ class MlpWeights:
         """x [rows, d] over the neurons whose score, known after `plan` ("gate" or "product"), is
         not below epsilon [1]; scale [f] or None multiplies the score. Returns the output [rows, d]
         and active neurons per row, int32 [rows]."""
-        matrices = (self.gate, self.up, self.down_t, self.gate_bias, self.up_bias, self.down_bias)
-        return ops.threshold_mlp(x, *matrices, scale, epsilon, self.activation, plan)
+        return ops.threshold_mlp(x, *self._operands, scale, epsilon, self.activation, plan)
 
     def by_shadow(
         self,
@@ -127,8 +130,9 @@ class MlpWeights:
         """x [rows, d] over the neurons that a shadow (records and bits of gate and up) scores not
         below epsilon, or the top k where epsilon is None; norms [f] scale the scores. Returns as
         `by_threshold`."""
-        matrices = (self.gate, self.up, self.down_t, self.gate_bias, self.up_bias, self.down_bias)
-        return ops.shadow_mlp(x, *matrices, records, norms, epsilon, k, *bits, self.activation)
+        return ops.shadow_mlp(
+            x, *self._operands, records, norms, epsilon, k, *bits, self.activation
+        )
 
     def column_norms(self) -> Tensor:
         """c_i = ||W_down[:, i]||_2, float32 [f]."""
