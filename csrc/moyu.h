@@ -18,12 +18,37 @@ enum class Plan : int32_t { kGate = 0, kProduct = 1 };
 // Rows that one pass over the weights serves; more rows are served in blocks of this many.
 inline constexpr int64_t kMaxRows = 8;
 
-// One MLP and the rows that go through it. T is the element type named by dtype.
+// Packed rows of d columns: codes of 3, 4, 5, 6 or 8 bits in blocks of 64 columns, then a scale and
+// an offset (IEEE binary16) per group of 32 or 64 columns; a weight is scale * code + offset. A row
+// is [blocks of codes][scales][offsets]; columns behind d are ignored. A block of b bits takes 8 b
+// bytes, and element 16t + w of it (t < 4, w < 16) lies in
+//   b = 4, 5, 6: bits 4t .. 4t+3 of little-endian word w of 32 bytes: its low four bits
+//   b = 8:       byte t % 2 of word w of the 32 bytes from 32 (t / 2) on
+//   b = 3:       bits 2t, 2t+1 of byte w of 16: its low two bits
+//   b = 6:       behind them, bits 2t, 2t+1 of byte w of 16: its high two bits
+//   b = 3, 5:    behind them, bit w of little-endian word t of 4: its top bit
+inline constexpr int64_t kPackedBlock = 64;
+constexpr int64_t packed_blocks(int64_t d) { return (d + kPackedBlock - 1) / kPackedBlock; }
+constexpr int64_t packed_row_bytes(int64_t d, int32_t bits, int32_t group) {
+  return packed_blocks(d) * (8 * bits + 4 * (kPackedBlock / group));
+}
+
+// A matrix as the kernels read it: T [n, d], or n packed rows where bits is not 0.
+struct Matrix {
+  const void* rows = nullptr;
+  int32_t bits = 0, group = 0;
+  Matrix(const void* rows = nullptr, int32_t bits = 0, int32_t group = 0)
+      : rows(rows), bits(bits), group(group) {}
+  explicit operator bool() const { return rows != nullptr; }
+};
+
+// One MLP and the rows that go through it. T is the element type named by dtype. Either all three
+// matrices are packed or none.
 struct Mlp {
   const void* x = nullptr;          // T [rows, d]
-  const void* gate = nullptr;       // T [f, d], null for an ungated MLP
-  const void* up = nullptr;         // T [f, d]; W_in of an ungated MLP
-  const void* down_t = nullptr;     // T [f, d], neuron-major
+  Matrix gate;                      // [f, d], null for an ungated MLP
+  Matrix up;                        // [f, d]; W_in of an ungated MLP
+  Matrix down_t;                    // [f, d], neuron-major
   const void* gate_bias = nullptr;  // T [f] or null
   const void* up_bias = nullptr;    // T [f] or null
   const void* down_bias = nullptr;  // T [d] or null
@@ -70,17 +95,23 @@ void threshold_compact(const float* values, int64_t rows, int64_t f, const float
 
 // out[r, k] = weight[indices[k]] . x[r] + bias[indices[k]] for k < count, 0 up to capacity.
 // indices and count both null: every weight row in order, capacity = f.
-void gather_gemv(const void* x /* T [rows, d] */, const void* weight /* T [f, d] */,
+void gather_gemv(const void* x /* T [rows, d] */, const Matrix& weight /* [f, d] */,
                  const void* bias /* T [f] or null */,
                  const int32_t* indices /* [capacity] or null */,
                  const int32_t* count /* [1] or null */, float* out /* [rows, capacity] */,
                  int64_t rows, int64_t d, int64_t capacity, DType dtype, float* workspace);
 
 // out[r] = sum over k < count of values[r, k] * weight_t[indices[k]] + bias.
-void gather_gemv_t(const float* values /* [rows, capacity] */, const void* weight_t /* T [f, d] */,
-                   const void* bias /* T [d] or null */, const int32_t* indices /* [capacity] */,
-                   const int32_t* count /* [1] */, void* out /* T [rows, d] */, int64_t rows,
-                   int64_t d, int64_t capacity, DType dtype, float* workspace);
+// indices and count both null: every weight row in order, capacity = f.
+void gather_gemv_t(const float* values /* [rows, capacity] */, const Matrix& weight_t /* [f, d] */,
+                   const void* bias /* T [d] or null */,
+                   const int32_t* indices /* [capacity] or null */,
+                   const int32_t* count /* [1] or null */, void* out /* T [rows, d] */,
+                   int64_t rows, int64_t d, int64_t capacity, DType dtype, float* workspace);
+
+// out[i, j] = the value of packed row i at column j < d.
+void unpack_rows(const Matrix& packed /* [n, d] */, int64_t n, int64_t d, DType dtype,
+                 void* out /* T [n, d] */);
 
 // The MLP over a set known in advance: a_i = act(gate_i . x) * (up_i . x), out = sum a_i down_i.
 void sparse_mlp(const Mlp& mlp, const ActiveSet& set, float* workspace);
@@ -105,7 +136,7 @@ void shadow_mlp(const Mlp& mlp, const Shadow& shadow, const float* epsilon /* [1
 // Floats of scratch that the two calls above need at the current thread count.
 size_t shadow_workspace_floats(int64_t rows, int64_t d, int64_t f);
 
-// Floats of scratch that each other call needs at the current thread count.
+// Floats of scratch that the others which take some need at the current thread count.
 size_t workspace_floats(int64_t rows, int64_t d);
 
 // Moves the whole 2 MB pages within [begin, begin + bytes) to huge pages where the system has them;

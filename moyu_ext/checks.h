@@ -136,20 +136,42 @@ inline void check_indices(const char* op, const int32_t* indices, int32_t n, int
     fail(op, "indices must lie in [0, ", f, "), got ", static_cast<int32_t>(largest));
 }
 
+inline bool is_packed(const Tensor& t) { return t.scalar_type() == ScalarType::Byte; }
+inline bool is_packed(const OptionalTensor& t) { return t && is_packed(*t); }
+
+// A matrix [n, d] on like's device: of dtype, or packed rows, whose length tells their format.
+inline Matrix matrix_of(const char* op, const char* name, const Tensor& t, const Tensor& like,
+                        ScalarType dtype, int64_t n, int64_t d) {
+  if (!is_packed(t)) {
+    expect(op, name, t, like, dtype, {n, d});
+    return {data(t)};
+  }
+  expect(op, name, t, like, ScalarType::Byte, {n, -1});
+  if (!t.is_cpu()) fail(op, name, " has packed rows, which only the CPU reads; unpack them first");
+  for (const int32_t bits : {3, 4, 5, 6, 8})
+    for (const int32_t group : {32, 64})
+      if (packed_row_bytes(d, bits, group) == t.size(1)) return {data(t), bits, group};
+  fail(op, name, " has rows of ", t.size(1), " bytes, which packed rows of ", d,
+       " columns have in no format (3, 4, 5, 6 or 8 bits in groups of 32 or 64)");
+}
+
 // Checks everything that the MLP operators share; the output is still to be set.
 inline Mlp mlp_of(const char* op, const Tensor& x, const OptionalTensor& gate, const Tensor& up,
                   const Tensor& down_t, const OptionalTensor& gate_bias,
                   const OptionalTensor& up_bias, const OptionalTensor& down_bias,
                   const std::string& activation) {
   Mlp mlp;
-  mlp.dtype = dtype_of(op, "up", up);
+  const bool packed = is_packed(up);
+  mlp.dtype = packed ? dtype_of(op, "x", x) : dtype_of(op, "up", up);
   if (up.dim() != 2) fail(op, "up must be [f, d], got ", describe(up));
   mlp.f = up.size(0);
-  mlp.d = up.size(1);
-  const ScalarType dtype = up.scalar_type();
-  expect(op, "up", up, x, dtype, {mlp.f, mlp.d});
-  expect(op, "gate", gate, x, dtype, {mlp.f, mlp.d});
-  expect(op, "down_t", down_t, x, dtype, {mlp.f, mlp.d});
+  mlp.d = packed ? (x.dim() ? x.size(x.dim() - 1) : 0) : up.size(1);
+  if (is_packed(down_t) != packed || (gate && is_packed(gate) != packed))
+    fail(op, "gate, up and down_t must all be packed rows, or none of them");
+  const ScalarType dtype = packed ? x.scalar_type() : up.scalar_type();
+  mlp.up = matrix_of(op, "up", up, x, dtype, mlp.f, mlp.d);
+  if (gate) mlp.gate = matrix_of(op, "gate", *gate, x, dtype, mlp.f, mlp.d);
+  mlp.down_t = matrix_of(op, "down_t", down_t, x, dtype, mlp.f, mlp.d);
   expect(op, "gate_bias", gate_bias, x, dtype, {mlp.f});
   expect(op, "up_bias", up_bias, x, dtype, {mlp.f});
   expect(op, "down_bias", down_bias, x, dtype, {mlp.d});
@@ -159,9 +181,6 @@ inline Mlp mlp_of(const char* op, const Tensor& x, const OptionalTensor& gate, c
     fail(op, "x must have the weights' dtype ", torch::headeronly::toString(dtype), ", got ",
          describe(x));
   mlp.x = data(x);
-  mlp.gate = data(gate);
-  mlp.up = data(up);
-  mlp.down_t = data(down_t);
   mlp.gate_bias = data(gate_bias);
   mlp.up_bias = data(up_bias);
   mlp.down_bias = data(down_bias);

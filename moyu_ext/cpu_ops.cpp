@@ -64,9 +64,12 @@ std::tuple<Tensor, Tensor> threshold_compact_cpu(const Tensor& values, const Ten
 Tensor gather_gemv_cpu(const Tensor& x, const Tensor& weight, const OptionalTensor& indices,
                        const OptionalTensor& count, const OptionalTensor& bias) {
   constexpr const char* op = "gather_gemv";
-  const DType dtype = dtype_of(op, "weight", weight);
-  expect(op, "weight", weight, x, x.scalar_type(), {-1, -1});
-  const int64_t f = weight.size(0), d = weight.size(1), rows = rows_of(op, x, d);
+  const DType dtype = dtype_of(op, "x", x);
+  if (weight.dim() != 2) fail(op, "weight must be [f, d], got ", describe(weight));
+  const int64_t f = weight.size(0);
+  const int64_t d = is_packed(weight) && x.dim() ? x.size(x.dim() - 1) : weight.size(1);
+  const Matrix matrix = matrix_of(op, "weight", weight, x, x.scalar_type(), f, d);
+  const int64_t rows = rows_of(op, x, d);
   expect(op, "indices", indices, x, ScalarType::Int, {-1});
   expect(op, "count", count, x, ScalarType::Int, {1});
   expect(op, "bias", bias, x, x.scalar_type(), {f});
@@ -76,35 +79,54 @@ Tensor gather_gemv_cpu(const Tensor& x, const Tensor& weight, const OptionalTens
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = capacity;
   Tensor out = empty(x, shape, ScalarType::Float);
-  cpu::gather_gemv(data(x), data(weight), data(bias), data_as<int32_t>(indices),
-                   data_as<int32_t>(count), static_cast<float*>(out.mutable_data_ptr()), rows, d,
-                   capacity, dtype, workspace(rows, d));
+  cpu::gather_gemv(data(x), matrix, data(bias), data_as<int32_t>(indices), data_as<int32_t>(count),
+                   static_cast<float*>(out.mutable_data_ptr()), rows, d, capacity, dtype,
+                   workspace(rows, d));
   return out;
 }
 
-Tensor gather_gemv_t_cpu(const Tensor& values, const Tensor& weight_t, const Tensor& indices,
-                         const Tensor& count, const OptionalTensor& bias) {
+Tensor gather_gemv_t_cpu(const Tensor& values, const Tensor& weight_t,
+                         const OptionalTensor& indices, const OptionalTensor& count,
+                         const OptionalTensor& bias, std::optional<int64_t> columns) {
   constexpr const char* op = "gather_gemv_t";
-  const DType dtype = dtype_of(op, "weight_t", weight_t);
-  expect(op, "weight_t", weight_t, values, weight_t.scalar_type(), {-1, -1});
-  const int64_t f = weight_t.size(0), d = weight_t.size(1);
+  if (weight_t.dim() != 2) fail(op, "weight_t must be [f, d], got ", describe(weight_t));
+  if (is_packed(weight_t) && !columns)
+    fail(op, "columns must say how many columns the packed rows of weight_t have");
+  const ScalarType out_dtype = is_packed(weight_t)
+                                   ? (bias ? bias->scalar_type() : ScalarType::Float)
+                                   : weight_t.scalar_type();
+  const int64_t f = weight_t.size(0), d = columns ? *columns : weight_t.size(1);
+  if (d < 1) fail(op, "columns must be at least 1, got ", d);
+  const Matrix matrix = matrix_of(op, "weight_t", weight_t, values, out_dtype, f, d);
   expect(op, "indices", indices, values, ScalarType::Int, {-1});
   expect(op, "count", count, values, ScalarType::Int, {1});
-  expect(op, "bias", bias, values, weight_t.scalar_type(), {d});
-  const int64_t capacity = indices.numel();
+  expect(op, "bias", bias, values, out_dtype, {d});
+  check_together(op, indices, count);
+  const int64_t capacity = indices ? indices->numel() : f;
   if (values.scalar_type() != ScalarType::Float || !values.is_contiguous() || values.dim() < 1 ||
       values.size(values.dim() - 1) != capacity)
     fail(op, "values must be contiguous float32 [..., ", capacity, "], got ", describe(values));
-  check_set(op, indices, count, f);
+  if (indices) check_set(op, *indices, *count, f);
   int64_t rows = 1;
   std::vector<int64_t> shape(values.sizes().begin(), values.sizes().end());
   shape.back() = d;
   for (size_t i = 0; i + 1 < shape.size(); ++i) rows *= shape[i];
-  Tensor out = empty(values, shape, weight_t.scalar_type());
-  cpu::gather_gemv_t(data_as<float>(values), data(weight_t), data(bias), data_as<int32_t>(indices),
-                     data_as<int32_t>(count), out.mutable_data_ptr(), rows, d, capacity, dtype,
-                     workspace(rows, d));
+  Tensor out = empty(values, shape, out_dtype);
+  cpu::gather_gemv_t(data_as<float>(values), matrix, data(bias), data_as<int32_t>(indices),
+                     data_as<int32_t>(count), out.mutable_data_ptr(), rows, d, capacity,
+                     dtype_of(op, "out", out), workspace(rows, d));
   return out;
+}
+
+void unpack_rows_cpu(const Tensor& packed, Tensor out) {
+  constexpr const char* op = "unpack_rows";
+  const DType dtype = dtype_of(op, "out", out);
+  if (out.dim() != 2) fail(op, "out must be [n, d], got ", describe(out));
+  const int64_t n = out.size(0), d = out.size(1);
+  expect(op, "out", out, packed, out.scalar_type(), {n, d});
+  if (!is_packed(packed)) fail(op, "packed must hold packed rows (uint8), got ", describe(packed));
+  cpu::unpack_rows(matrix_of(op, "packed", packed, out, out.scalar_type(), n, d), n, d, dtype,
+                   out.mutable_data_ptr());
 }
 
 Tensor sparse_mlp_cpu(const Tensor& x, const OptionalTensor& gate, const Tensor& up,
@@ -189,6 +211,7 @@ STABLE_TORCH_LIBRARY_IMPL(moyu_ext, CPU, m) {
   m.impl("threshold_compact", TORCH_BOX(&threshold_compact_cpu));
   m.impl("gather_gemv", TORCH_BOX(&gather_gemv_cpu));
   m.impl("gather_gemv_t", TORCH_BOX(&gather_gemv_t_cpu));
+  m.impl("unpack_rows", TORCH_BOX(&unpack_rows_cpu));
   m.impl("sparse_mlp", TORCH_BOX(&sparse_mlp_cpu));
   m.impl("threshold_mlp", TORCH_BOX(&threshold_mlp_cpu));
   m.impl("shadow_scores", TORCH_BOX(&shadow_scores_cpu));

@@ -152,10 +152,14 @@ Tensor gather_gemv_cuda(const Tensor& x, const Tensor& weight, const OptionalTen
   return out;
 }
 
-Tensor gather_gemv_t_cuda(const Tensor& values, const Tensor& weight_t, const Tensor& indices,
-                          const Tensor& count, const OptionalTensor& bias) {
+Tensor gather_gemv_t_cuda(const Tensor& values, const Tensor& weight_t, const OptionalTensor& some,
+                          const OptionalTensor& how_many, const OptionalTensor& bias,
+                          std::optional<int64_t> columns) {
   constexpr const char* op = "gather_gemv_t";
   const Gpu gpu(op, "values", values);
+  if (!some || !how_many || columns)
+    fail(op, "on cuda indices and count must be given, and columns left out");
+  const Tensor &indices = *some, &count = *how_many;
   const DType dtype = dtype_of(op, "weight_t", weight_t);
   expect(op, "weight_t", weight_t, values, weight_t.scalar_type(), {-1, -1});
   const int64_t f = weight_t.size(0), d = weight_t.size(1);

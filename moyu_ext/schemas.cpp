@@ -7,8 +7,9 @@ STABLE_TORCH_LIBRARY(moyu_ext, m) {
       "gather_gemv(Tensor x, Tensor weight, Tensor? indices, Tensor? count, Tensor? bias=None) -> "
       "Tensor");
   m.def(
-      "gather_gemv_t(Tensor values, Tensor weight_t, Tensor indices, Tensor count, "
-      "Tensor? bias=None) -> Tensor");
+      "gather_gemv_t(Tensor values, Tensor weight_t, Tensor? indices, Tensor? count, "
+      "Tensor? bias=None, int? columns=None) -> Tensor");
+  m.def("unpack_rows(Tensor packed, Tensor(a!) out) -> ()");
   m.def(
       "sparse_mlp(Tensor x, Tensor? gate, Tensor up, Tensor down_t, Tensor? gate_bias, "
       "Tensor? up_bias, Tensor? down_bias, Tensor? indices, Tensor? count, Tensor? mask, "

@@ -172,6 +172,7 @@ FLOORS = (
     ("errors", "_files", "_progress", "reference"),
     ("_artifact", "_load", "embedded"),
     ("ops", "routers"),
+    ("packing",),
     ("models",),
     ("shadow", "guard", "integrations"),
     ("methods",),

@@ -5,11 +5,8 @@
 #include <stdexcept>
 #include <string>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "kernels.h"
+#include "scratch.h"
 
 namespace moyu::cpu {
 namespace {
@@ -59,58 +56,49 @@ const Kernels* current() { return chosen().load(std::memory_order_relaxed); }
 
 void threshold_compact(const float* values, int64_t rows, int64_t f, const float* epsilon,
                        int32_t* indices, int32_t* count) {
-  current()->compact(values, rows, f, epsilon, indices, count);
+  current()->threshold_compact(values, rows, f, epsilon, indices, count);
 }
 
-void gather_gemv(const void* x, const void* weight, const void* bias, const int32_t* indices,
+void gather_gemv(const void* x, const Matrix& weight, const void* bias, const int32_t* indices,
                  const int32_t* count, float* out, int64_t rows, int64_t d, int64_t capacity,
                  DType dtype, float* workspace) {
-  current()->gemv(x, weight, bias, indices, count, out, rows, d, capacity, dtype, workspace);
+  current()->gather_gemv(x, weight, bias, indices, count, out, rows, d, capacity, dtype, workspace);
 }
 
-void gather_gemv_t(const float* values, const void* weight_t, const void* bias,
+void gather_gemv_t(const float* values, const Matrix& weight_t, const void* bias,
                    const int32_t* indices, const int32_t* count, void* out, int64_t rows, int64_t d,
                    int64_t capacity, DType dtype, float* workspace) {
-  current()->gemv_t(values, weight_t, bias, indices, count, out, rows, d, capacity, dtype,
-                    workspace);
+  current()->gather_gemv_t(values, weight_t, bias, indices, count, out, rows, d, capacity, dtype,
+                           workspace);
+}
+
+void unpack_rows(const Matrix& packed, int64_t n, int64_t d, DType dtype, void* out) {
+  current()->unpack_rows(packed, n, d, dtype, out);
 }
 
 void sparse_mlp(const Mlp& mlp, const ActiveSet& set, float* workspace) {
-  current()->mlp(mlp, set, workspace);
+  current()->sparse_mlp(mlp, set, workspace);
 }
 
 void threshold_mlp(const Mlp& mlp, Plan plan, const float* scale, const float* epsilon,
                    int32_t* counts, float* workspace) {
-  current()->mlp_threshold(mlp, plan, scale, epsilon, counts, workspace);
+  current()->threshold_mlp(mlp, plan, scale, epsilon, counts, workspace);
 }
 
 void shadow_scores(const Mlp& mlp, const Shadow& shadow, float* scores, float* workspace) {
-  current()->scores(mlp, shadow, scores, workspace);
+  current()->shadow_scores(mlp, shadow, scores, workspace);
 }
 
 void shadow_mlp(const Mlp& mlp, const Shadow& shadow, const float* epsilon, int64_t k,
                 int32_t* counts, float* workspace) {
-  current()->mlp_shadow(mlp, shadow, epsilon, k, counts, workspace);
+  current()->shadow_mlp(mlp, shadow, epsilon, k, counts, workspace);
 }
 
-// Behind the MLP's own scratch: the quantised input (a byte an element, two floats a block), the
-// scores and mask of a block of rows, and the indices.
 size_t shadow_workspace_floats(int64_t rows, int64_t d, int64_t f) {
-  const int64_t block = rows < kMaxRows ? rows : kMaxRows, blocks = shadow_blocks(d);
-  return workspace_floats(rows, d) + 16 +
-         static_cast<size_t>(block * blocks * (kShadowBlock / 4 + 2) + 2 * block * (f + 16) + f +
-                             32);
+  return Scratch(nullptr, rows, d, f).floats();
 }
 
-size_t workspace_floats(int64_t rows, int64_t d) {
-#ifdef _OPENMP
-  const int64_t threads = omp_get_max_threads();
-#else
-  const int64_t threads = 1;
-#endif
-  const int64_t block = rows < kMaxRows ? rows : kMaxRows;
-  return static_cast<size_t>((kMaxRows + threads * block) * d);
-}
+size_t workspace_floats(int64_t rows, int64_t d) { return Scratch(nullptr, rows, d).floats(); }
 
 const char* isa_name() { return current()->name; }
 

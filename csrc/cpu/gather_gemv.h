@@ -1,25 +1,25 @@
 // Dot products of the active rows of a weight matrix (all of them where indices is null) with the
 // input.
 
-template <class T>
-void gather_gemv_of(const T* x, const T* weight, const T* bias, const int32_t* indices,
-                    int64_t count, float* out, int64_t rows, int64_t d, int64_t capacity,
+template <class Rows>
+void gather_gemv_of(const void* x, const Rows weight, const void* bias, const int32_t* indices,
+                    int64_t count, float* out, int64_t rows, int64_t capacity, DType dtype,
                     float* workspace) {
+  const int64_t d = weight.d;
+  const Scratch scratch(workspace, rows, d);
   for (int64_t first = 0; first < rows; first += kMaxRows) {
     const int64_t block = std::min(kMaxRows, rows - first);
-    const InputOf<T>* input = prepare_input(x + first * d, block * d, workspace);
+    const auto input = Rows::input(dtype, at(dtype, x, first * d), block, d, scratch.input);
     float* block_out = out + first * capacity;
-#pragma omp parallel num_threads(threads_for(count * d * int64_t(sizeof(T))))
+#pragma omp parallel num_threads(threads_for(count* weight.bytes()))
     {
       const Range mine = split(count, thread_id(), team_size());
       const auto neuron = [=](int64_t k) { return indices ? int64_t{indices[k]} : k; };
       float dots[kMaxRows];
       for (int64_t k = mine.begin; k < mine.end; ++k) {
-        const T* row = weight + neuron(k) * d;
-        const T* ahead = weight + neuron(std::min(k + 2, mine.end - 1)) * d;
-        dot<T>(row, input, block, d, ahead, nullptr, dots);
+        weight.dot(neuron(k), input, neuron(std::min(k + 2, mine.end - 1)), nullptr, dots);
         for (int64_t r = 0; r < block; ++r)
-          block_out[r * capacity + k] = dots[r] + bias_at(bias, neuron(k));
+          block_out[r * capacity + k] = dots[r] + bias_at(dtype, bias, neuron(k));
       }
     }
     for (int64_t r = 0; r < block; ++r)
@@ -27,13 +27,12 @@ void gather_gemv_of(const T* x, const T* weight, const T* bias, const int32_t* i
   }
 }
 
-void gather_gemv(const void* x, const void* weight, const void* bias, const int32_t* indices,
+void gather_gemv(const void* x, const Matrix& weight, const void* bias, const int32_t* indices,
                  const int32_t* count, float* out, int64_t rows, int64_t d, int64_t capacity,
                  DType dtype, float* workspace) {
-  with_type(dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    gather_gemv_of(static_cast<const T*>(x), static_cast<const T*>(weight),
-                   static_cast<const T*>(bias), indices, count ? *count : capacity, out, rows, d,
-                   capacity, workspace);
+  with_rows(weight, dtype, [&](auto tag) {
+    using Rows = typename decltype(tag)::type;
+    gather_gemv_of(x, Rows(weight, d), bias, indices, count ? *count : capacity, out, rows,
+                   capacity, dtype, workspace);
   });
 }

@@ -8,11 +8,23 @@ namespace {
 #include "parallel.h"
 #include "threshold_compact.h"
 #include "row_kernels.h"
+#include "plain_rows.h"
+#if defined(MOYU_SIMD_AVX512) || defined(MOYU_SIMD_AVX2)
+#define MOYU_SIMD_PACKED 1
+#include "packed_simd.h"
+#include "packed_x86.h"
+#else
+#include "packed_plain.h"
+#endif
+#include "packed_rows.h"
 #include "gather_gemv.h"
 #include "gather_gemv_t.h"
+#include "unpack_rows.h"
 #include "sparse_mlp.h"
 #include "threshold_mlp.h"
 #include "shadow_simd.h"
+#include "shadow_scores.h"
+#include "choose.h"
 #include "shadow_mlp.h"
 // clang-format on
 }  // namespace
@@ -26,7 +38,7 @@ namespace moyu::cpu {
 extern const Kernels MOYU_CONCAT(MOYU_ISA, _kernels) = {
     MOYU_STRING(MOYU_ISA),        &runs_here,
     &MOYU_ISA::threshold_compact, &MOYU_ISA::gather_gemv,
-    &MOYU_ISA::gather_gemv_t,     &MOYU_ISA::sparse_mlp,
-    &MOYU_ISA::threshold_mlp,     &MOYU_ISA::shadow_scores,
-    &MOYU_ISA::shadow_mlp};
+    &MOYU_ISA::gather_gemv_t,     &MOYU_ISA::unpack_rows,
+    &MOYU_ISA::sparse_mlp,        &MOYU_ISA::threshold_mlp,
+    &MOYU_ISA::shadow_scores,     &MOYU_ISA::shadow_mlp};
 }  // namespace moyu::cpu

@@ -18,5 +18,8 @@
 #endif
 
 #include "kernels.h"
+#include "scratch.h"
 
 #define MOYU_INLINE inline __attribute__((always_inline))
+#define MOYU_NOINLINE __attribute__((noinline))
+#define MOYU_LAMBDA_INLINE __attribute__((always_inline))

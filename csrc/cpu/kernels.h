@@ -8,13 +8,14 @@ namespace moyu::cpu {
 struct Kernels {
   const char* name;
   bool (*runs_here)();
-  decltype(&threshold_compact) compact;
-  decltype(&gather_gemv) gemv;
-  decltype(&gather_gemv_t) gemv_t;
-  decltype(&sparse_mlp) mlp;
-  decltype(&threshold_mlp) mlp_threshold;
-  decltype(&shadow_scores) scores;
-  decltype(&shadow_mlp) mlp_shadow;
+  decltype(&cpu::threshold_compact) threshold_compact;
+  decltype(&cpu::gather_gemv) gather_gemv;
+  decltype(&cpu::gather_gemv_t) gather_gemv_t;
+  decltype(&cpu::unpack_rows) unpack_rows;
+  decltype(&cpu::sparse_mlp) sparse_mlp;
+  decltype(&cpu::threshold_mlp) threshold_mlp;
+  decltype(&cpu::shadow_scores) shadow_scores;
+  decltype(&cpu::shadow_mlp) shadow_mlp;
 };
 
 // Each is defined in isa_<name>.cpp where the compiler targets that architecture.

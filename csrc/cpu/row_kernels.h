@@ -1,4 +1,4 @@
-// The two inner loops that everything is made of: the dot product of a weight row with a few
+// The two inner loops that plain rows are read with: the dot product of a weight row with a few
 // input rows, and the scaled sum of a few weight rows. Both stream weights at memory speed.
 
 template <class T>
@@ -57,8 +57,8 @@ MOYU_INLINE void dot_rows(const T* w, const InputOf<T>* x, int64_t d, const T* a
 
 // The same for any number of rows; behind the first block w comes from the cache.
 template <class T>
-MOYU_INLINE void dot(const T* w, const InputOf<T>* x, int64_t rows, int64_t d, const T* ahead,
-                     const T* ahead2, float* out) {
+MOYU_NOINLINE void plain_dot(const T* w, const InputOf<T>* x, int64_t rows, int64_t d,
+                             const T* ahead, const T* ahead2, float* out) {
   int64_t r = 0;
   for (; r + 4 <= rows; r += 4) dot_rows<4>(w, x + r * d, d, ahead, ahead2, out + r);
   if (r + 2 <= rows) {
@@ -73,8 +73,8 @@ constexpr int kGroup = 8;
 
 // acc += sum over n < N of scale[n] * w[n]; with kFetch the same lines of ahead[n] are fetched.
 template <int N, bool kFetch, class T>
-MOYU_INLINE void axpy_rows(const T* const* w, const float* scale, int64_t d, const T* const* ahead,
-                           float* acc) {
+MOYU_NOINLINE void axpy_rows(const T* const* w, const float* scale, int64_t d,
+                             const T* const* ahead, float* acc) {
   Vec s[N];
   for (int n = 0; n < N; ++n) s[n] = broadcast(scale[n]);
   int64_t j = 0;
@@ -96,8 +96,8 @@ MOYU_INLINE void axpy_rows(const T* const* w, const float* scale, int64_t d, con
 // acc[r] += sum over k < count of values[k * rows + r] * weight_t[neuron(k)]. kFetch: the rows
 // are not in the cache yet, so each group fetches the next one's.
 template <bool kFetch, class T, class Neuron>
-inline void accumulate(const T* weight_t, Neuron neuron, int64_t count, const float* values,
-                       int64_t rows, int64_t d, float* acc) {
+inline void plain_accumulate(const T* weight_t, Neuron neuron, int64_t count, const float* values,
+                             int64_t rows, int64_t d, float* acc) {
   int64_t k = 0;
   for (; k + kGroup <= count; k += kGroup) {
     const T *group[kGroup], *ahead[kGroup];
@@ -122,32 +122,79 @@ inline void accumulate(const T* weight_t, Neuron neuron, int64_t count, const fl
   }
 }
 
-// out[r] = sum of the threads' accumulators + bias, for columns [begin, end); every thread calls
-// it with its own columns once all accumulators are complete.
-template <class T>
-inline void reduce(const float* acc, int parts, int64_t rows, int64_t d, Range columns,
-                   const T* bias, T* out) {
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t j = columns.begin; j < columns.end; ++j) {
-      float total = 0.0f;
-      for (int p = 0; p < parts; ++p) total += acc[(p * rows + r) * d + j];
-      if (bias) total += to_float(bias[j]);
-      from_float(total, out + r * d + j);
-    }
+// Element i of an array of dtype, of which kernels read few: biases, inputs once.
+MOYU_INLINE float element(DType dtype, const void* p, int64_t i) {
+  switch (dtype) {
+    case DType::kFloat32: return static_cast<const float*>(p)[i];
+    case DType::kFloat16: return to_float(static_cast<const Half*>(p)[i]);
+    case DType::kBFloat16: return to_float(static_cast<const Bf16*>(p)[i]);
+  }
+  return 0.0f;
 }
 
-// The workspace: kMaxRows widened input rows, then each thread's accumulators.
-inline float* accumulators_in(float* workspace, int64_t d) { return workspace + kMaxRows * d; }
+MOYU_INLINE float bias_at(DType dtype, const void* bias, int64_t i) {
+  return bias ? element(dtype, bias, i) : 0.0f;
+}
 
-// The input rows in the form that dot wants: themselves, or widened to float32 in scratch.
 template <class T>
-inline const InputOf<T>* prepare_input(const T* x, int64_t n, float* scratch) {
-  if constexpr (sizeof(InputOf<T>) == sizeof(T)) {
-    return reinterpret_cast<const InputOf<T>*>(x);
-  } else {
-    for (int64_t i = 0; i < n; ++i) scratch[i] = to_float(x[i]);
-    return scratch;
+struct Tag {
+  using type = T;
+};
+template <int n>
+struct Number {
+  static constexpr int value = n;
+};
+
+// Calls body with the Tag of the element type that dtype names.
+template <class Body>
+MOYU_INLINE void with_type(DType dtype, Body body) {
+  switch (dtype) {
+    case DType::kFloat32: return body(Tag<float>{});
+    case DType::kFloat16: return body(Tag<Half>{});
+    case DType::kBFloat16: return body(Tag<Bf16>{});
   }
+}
+
+// out[j] = element first + j, for j < n.
+inline void to_floats(DType dtype, const void* p, int64_t first, int64_t n, float* out) {
+  with_type(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const T* from = static_cast<const T*>(p) + first;
+    int64_t j = 0;
+    for (; j + kLanes <= n; j += kLanes) store(out + j, load(from + j));
+    for (; j < n; ++j) out[j] = to_float(from[j]);
+  });
+}
+
+// out[j] = p[j] rounded to dtype, for j < n.
+inline void from_floats(const float* p, int64_t n, DType dtype, void* out) {
+  with_type(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    for (int64_t j = 0; j < n; ++j) from_float(p[j], static_cast<T*>(out) + j);
+  });
+}
+
+inline const void* at(DType dtype, const void* p, int64_t i) {
+  return static_cast<const char*>(p) + i * (dtype == DType::kFloat32 ? 4 : 2);
+}
+inline void* at(DType dtype, void* p, int64_t i) {
+  return static_cast<char*>(p) + i * (dtype == DType::kFloat32 ? 4 : 2);
+}
+
+// out[r] = sum of the threads' accumulators + bias, for columns [begin, end); every thread calls
+// it with its own columns once all accumulators are complete.
+inline void reduce(const float* acc, int parts, int64_t rows, int64_t d, Range columns, DType dtype,
+                   const void* bias, void* out) {
+  with_type(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t j = columns.begin; j < columns.end; ++j) {
+        float total = 0.0f;
+        for (int p = 0; p < parts; ++p) total += acc[(p * rows + r) * d + j];
+        if (bias) total += to_float(static_cast<const T*>(bias)[j]);
+        from_float(total, static_cast<T*>(out) + r * d + j);
+      }
+  });
 }
 
 inline float activate(Activation kind, float h) {
@@ -162,24 +209,4 @@ inline float activate(Activation kind, float h) {
     case Activation::kRelu2: return h < 0.0f ? 0.0f : h * h;
   }
   return h;
-}
-
-template <class T>
-MOYU_INLINE float bias_at(const T* bias, int64_t i) {
-  return bias ? to_float(bias[i]) : 0.0f;
-}
-
-template <class T>
-struct Tag {
-  using type = T;
-};
-
-// Calls body with the Tag of the element type that dtype names.
-template <class Body>
-inline void with_type(DType dtype, Body body) {
-  switch (dtype) {
-    case DType::kFloat32: return body(Tag<float>{});
-    case DType::kFloat16: return body(Tag<Half>{});
-    case DType::kBFloat16: return body(Tag<Bf16>{});
-  }
 }

@@ -63,6 +63,12 @@ MOYU_INLINE void from_float(float v, Half* out) {
   }
 }
 
+// Rounds to nearest, ties to even, for abs(v) < 2^22: the FPU rounds at the last bit kept.
+MOYU_INLINE float round_even(float v) {
+  constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23
+  return (v + kMagic) - kMagic;
+}
+
 #if defined(MOYU_SIMD_AVX512)
 
 using Vec = __m512;

@@ -1,47 +1,47 @@
 // The MLP over a set known in advance: gate, up and down touch the active rows only.
 
-// The matrices of one MLP in their element type, and up to kMaxRows input rows.
-template <class T>
+// The matrices of one MLP in their kind of rows, and up to kMaxRows input rows.
+template <class Rows>
 struct Matrices {
-  const T *gate, *up, *down_t, *gate_bias, *up_bias;
-  const InputOf<T>* x;
+  const Rows gate, up, down_t;
+  const Mlp& mlp;
   int64_t rows, d;
-  Activation activation;
+  typename Rows::Input x;
 
-  Matrices(const Mlp& mlp, int64_t first, float* workspace)
-      : gate(static_cast<const T*>(mlp.gate)), up(static_cast<const T*>(mlp.up)),
-        down_t(static_cast<const T*>(mlp.down_t)), gate_bias(static_cast<const T*>(mlp.gate_bias)),
-        up_bias(static_cast<const T*>(mlp.up_bias)), rows(std::min(kMaxRows, mlp.rows - first)),
-        d(mlp.d), activation(mlp.activation) {
-    x = prepare_input(static_cast<const T*>(mlp.x) + first * d, rows * d, workspace);
-  }
+  Matrices(const Mlp& mlp, int64_t first, float* scratch)
+      : gate(mlp.gate, mlp.d), up(mlp.up, mlp.d), down_t(mlp.down_t, mlp.d), mlp(mlp),
+        rows(std::min(kMaxRows, mlp.rows - first)), d(mlp.d),
+        x(Rows::input(mlp.dtype, at(mlp.dtype, mlp.x, first * d), rows, d, scratch)) {}
+
+  // Bytes of n neurons in all matrices.
+  int64_t bytes(int64_t n) const { return n * (gate.bytes() + up.bytes() + down_t.bytes()); }
+  float gate_bias(int64_t i) const { return bias_at(mlp.dtype, mlp.gate_bias, i); }
+  float up_bias(int64_t i) const { return bias_at(mlp.dtype, mlp.up_bias, i); }
 };
 
 // a[r] = act(gate_i . x[r]) * (up_i . x[r]), or act(up_i . x[r]) without a gate. On the way it
 // fetches the same matrices' rows of neuron `soon`, and the row down_i where kDown.
-template <bool kDown, class T>
-MOYU_INLINE void neuron_activation(const Matrices<T>& m, int64_t i, int64_t soon, float* a) {
-  const T *const row = m.up + i * m.d, *const ahead = m.up + soon * m.d;
-  const T* const down = kDown ? m.down_t + i * m.d : nullptr;
+template <bool kDown, class Rows>
+MOYU_INLINE void neuron_activation(const Matrices<Rows>& m, int64_t i, int64_t soon, float* a) {
+  const char* const down = kDown ? m.down_t.row(i) : nullptr;
   if (m.gate) {
     float h[kMaxRows];
-    dot(m.gate + i * m.d, m.x, m.rows, m.d, m.gate + soon * m.d, down, h);
-    dot<T>(row, m.x, m.rows, m.d, ahead, nullptr, a);
+    m.gate.dot(i, m.x, soon, down, h);
+    m.up.dot(i, m.x, soon, nullptr, a);
     for (int64_t r = 0; r < m.rows; ++r)
-      a[r] =
-          activate(m.activation, h[r] + bias_at(m.gate_bias, i)) * (a[r] + bias_at(m.up_bias, i));
+      a[r] = activate(m.mlp.activation, h[r] + m.gate_bias(i)) * (a[r] + m.up_bias(i));
   } else {
-    dot(row, m.x, m.rows, m.d, ahead, down, a);
-    for (int64_t r = 0; r < m.rows; ++r)
-      a[r] = activate(m.activation, a[r] + bias_at(m.up_bias, i));
+    m.up.dot(i, m.x, soon, down, a);
+    for (int64_t r = 0; r < m.rows; ++r) a[r] = activate(m.mlp.activation, a[r] + m.up_bias(i));
   }
 }
 
 // One thread's part of the MLP of m's rows over a set, whose mask is of these rows; every thread of
 // the team calls it with the same arguments. accumulators: rows * d floats per thread.
-template <class T>
-inline void given_part(const Mlp& mlp, const Matrices<T>& m, int64_t first, const ActiveSet& set,
-                       int64_t count, float* accumulators) {
+template <class Rows>
+inline void given_part(const Matrices<Rows>& m, int64_t first, const ActiveSet& set, int64_t count,
+                       float* accumulators) {
+  const Mlp& mlp = m.mlp;
   const int64_t d = m.d;
   const int parts = team_size(), part = thread_id();
   const Range mine = split(count, part, parts);
@@ -60,28 +60,27 @@ inline void given_part(const Mlp& mlp, const Matrices<T>& m, int64_t first, cons
           if (!set.mask[r * mlp.f + i]) aj[r] = 0.0f;
     }
     const auto in_group = [&](int64_t j) { return neuron(k + j); };
-    accumulate<false>(m.down_t, in_group, n, a, m.rows, d, acc);
+    m.down_t.template accumulate<false>(in_group, n, a, m.rows, acc);
   }
 #pragma omp barrier
-  reduce(accumulators, parts, m.rows, d, split(d, part, parts, 16),
-         static_cast<const T*>(mlp.down_bias), static_cast<T*>(mlp.out) + first * d);
+  reduce(accumulators, parts, m.rows, d, split(d, part, parts, 16), mlp.dtype, mlp.down_bias,
+         at(mlp.dtype, mlp.out, first * d));
 }
 
-template <class T>
+template <class Rows>
 void sparse_mlp_of(const Mlp& mlp, const ActiveSet& set, float* workspace) {
   const int64_t count = set.count ? *set.count : mlp.f;
-  const int64_t bytes = count * mlp.d * (mlp.gate ? 3 : 2) * int64_t(sizeof(T));
-  float* accumulators = accumulators_in(workspace, mlp.d);
+  const Scratch scratch(workspace, mlp.rows, mlp.d);
   for (int64_t first = 0; first < mlp.rows; first += kMaxRows) {
-    const Matrices<T> m(mlp, first, workspace);
+    const Matrices<Rows> m(mlp, first, scratch.input);
     ActiveSet part = set;
     if (set.mask) part.mask += first * mlp.f;
-#pragma omp parallel num_threads(threads_for(bytes))
-    given_part(mlp, m, first, part, count, accumulators);
+#pragma omp parallel num_threads(threads_for(m.bytes(count)))
+    given_part(m, first, part, count, scratch.accumulators);
   }
 }
 
 void sparse_mlp(const Mlp& mlp, const ActiveSet& set, float* workspace) {
-  with_type(mlp.dtype,
+  with_rows(mlp.up, mlp.dtype,
             [&](auto tag) { sparse_mlp_of<typename decltype(tag)::type>(mlp, set, workspace); });
 }

@@ -5,32 +5,32 @@
 constexpr int64_t kTile = 32;
 
 // a[k] *= up_i . x for i = neurons[k], where the row has not switched it off already.
-template <class T>
-MOYU_INLINE void multiply_up(const Matrices<T>& m, const int64_t* neurons, int64_t count,
+template <class Rows>
+MOYU_INLINE void multiply_up(const Matrices<Rows>& m, const int64_t* neurons, int64_t count,
                              float* a) {
   for (int64_t k = 0; k < count; ++k) {
     const int64_t i = neurons[k], soon = neurons[std::min(k + 2, count - 1)];
     float u[kMaxRows];
-    dot(m.up + i * m.d, m.x, m.rows, m.d, m.up + soon * m.d, m.down_t + i * m.d, u);
+    m.up.dot(i, m.x, soon, m.down_t.row(i), u);
     for (int64_t r = 0; r < m.rows; ++r) {
       float& ar = a[k * m.rows + r];
-      if (ar != 0.0f) ar *= u[r] + bias_at(m.up_bias, i);
+      if (ar != 0.0f) ar *= u[r] + m.up_bias(i);
     }
   }
 }
 
-template <class T>
+template <class Rows>
 void threshold_mlp_of(const Mlp& mlp, Plan plan, const float* scale, float epsilon, int32_t* counts,
                       float* workspace) {
   const int64_t d = mlp.d, f = mlp.f;
-  const int64_t bytes = f * d * (mlp.gate ? 3 : 2) * int64_t(sizeof(T));
   const bool gate_decides = plan == Plan::kGate && mlp.gate;
-  float* accumulators = accumulators_in(workspace, d);
+  const Scratch scratch(workspace, mlp.rows, d);
+  float* const accumulators = scratch.accumulators;
   for (int64_t first = 0; first < mlp.rows; first += kMaxRows) {
-    const Matrices<T> m(mlp, first, workspace);
+    const Matrices<Rows> m(mlp, first, scratch.input);
     int32_t* const active = counts + first;
     std::fill(active, active + m.rows, 0);
-#pragma omp parallel num_threads(threads_for(bytes))
+#pragma omp parallel num_threads(threads_for(m.bytes(f)))
     {
       const int parts = team_size(), part = thread_id();
       const Range mine = split(f, part, parts);
@@ -45,9 +45,9 @@ void threshold_mlp_of(const Mlp& mlp, Plan plan, const float* scale, float epsil
           const int64_t soon = std::min(i + 2, mine.end - 1);
           float* const ai = a + n * m.rows;
           if (gate_decides) {
-            dot<T>(m.gate + i * d, m.x, m.rows, d, m.gate + soon * d, nullptr, ai);
+            m.gate.dot(i, m.x, soon, nullptr, ai);
             for (int64_t r = 0; r < m.rows; ++r)
-              ai[r] = activate(m.activation, ai[r] + bias_at(m.gate_bias, i));
+              ai[r] = activate(mlp.activation, ai[r] + m.gate_bias(i));
           } else {
             neuron_activation<false>(m, i, soon, ai);
           }
@@ -65,23 +65,23 @@ void threshold_mlp_of(const Mlp& mlp, Plan plan, const float* scale, float epsil
         const auto neuron = [&](int64_t k) { return neurons[k]; };
         if (gate_decides) {
           multiply_up(m, neurons, n, a);
-          accumulate<false>(m.down_t, neuron, n, a, m.rows, d, acc);
+          m.down_t.template accumulate<false>(neuron, n, a, m.rows, acc);
         } else {
-          accumulate<true>(m.down_t, neuron, n, a, m.rows, d, acc);
+          m.down_t.template accumulate<true>(neuron, n, a, m.rows, acc);
         }
       }
 #pragma omp critical(moyu_counts)
       for (int64_t r = 0; r < m.rows; ++r) active[r] += my_active[r];
 #pragma omp barrier
-      reduce(accumulators, parts, m.rows, d, split(d, part, parts, 16),
-             static_cast<const T*>(mlp.down_bias), static_cast<T*>(mlp.out) + first * d);
+      reduce(accumulators, parts, m.rows, d, split(d, part, parts, 16), mlp.dtype, mlp.down_bias,
+             at(mlp.dtype, mlp.out, first * d));
     }
   }
 }
 
 void threshold_mlp(const Mlp& mlp, Plan plan, const float* scale, const float* epsilon,
                    int32_t* counts, float* workspace) {
-  with_type(mlp.dtype, [&](auto tag) {
+  with_rows(mlp.up, mlp.dtype, [&](auto tag) {
     threshold_mlp_of<typename decltype(tag)::type>(mlp, plan, scale, *epsilon, counts, workspace);
   });
 }

@@ -25,9 +25,9 @@ struct MlpParams {
 template <typename T>
 MlpParams<T> mlp_params(const Mlp& mlp, int64_t first, int64_t rows, float* workspace) {
   return {static_cast<const T*>(mlp.x) + first * mlp.d,
-          static_cast<const T*>(mlp.gate),
-          static_cast<const T*>(mlp.up),
-          static_cast<const T*>(mlp.down_t),
+          static_cast<const T*>(mlp.gate.rows),
+          static_cast<const T*>(mlp.up.rows),
+          static_cast<const T*>(mlp.down_t.rows),
           static_cast<const T*>(mlp.gate_bias),
           static_cast<const T*>(mlp.up_bias),
           workspace,
@@ -38,7 +38,7 @@ MlpParams<T> mlp_params(const Mlp& mlp, int64_t first, int64_t rows, float* work
 }
 
 inline bool mlp_aligned(const Mlp& mlp, const float* workspace) {
-  return rows_aligned(mlp.dtype, mlp.d, mlp.x, mlp.gate, mlp.up, mlp.down_t, workspace);
+  return rows_aligned(mlp.dtype, mlp.d, mlp.x, mlp.gate.rows, mlp.up.rows, mlp.down_t.rows, workspace);
 }
 
 // act(gate . x) * (up . x) of a gated MLP's slot (j, r).

@@ -131,7 +131,7 @@ void threshold_mlp(const Mlp& mlp, Plan plan, const float* scale, const float* e
     dispatch(mlp.dtype, aligned, n, [&]<typename T, int kWidth, int kRows>() {
       launch("threshold_mlp", threshold_mlp_kernel<T, kWidth, kRows>, blocks, kThreads, stream,
              ThresholdMlpParams<T>{mlp_params<T>(mlp, first, n, workspace), scale, epsilon,
-                                   block_counts, plan == Plan::kGate && mlp.gate != nullptr});
+                                   block_counts, plan == Plan::kGate && static_cast<bool>(mlp.gate)});
       auto reduce = mlp_reduce_params<T>(mlp, first, n, blocks, workspace);
       reduce.block_counts = block_counts;
       reduce.counts = counts + first;

@@ -85,7 +85,8 @@ class LayerGuard:
             else:
                 a = a * act(ops.gather_gemv(x, weights.gate, None, None, weights.gate_bias))
             both = torch.cat([a.masked_fill(active, 0.0), a])  # one pass over W_down for the two
-            outputs = ops.gather_gemv_t(both, weights.down_t, self._place, self._f)
+            columns = None if weights.packed is None else weights.d
+            outputs = ops.gather_gemv_t(both, weights.down_t, self._place, self._f, columns=columns)
             dropped, total = torch.linalg.vector_norm(outputs.float(), dim=-1)
             cett = torch.where(dropped == 0, dropped, dropped / total)
             order = torch.sort(a.abs() * norms, dim=-1, descending=True).indices

@@ -1,18 +1,22 @@
 """The operators, by the names and arguments of :mod:`moyu_ext.reference`, compiled.
 
 Each wraps ``torch.ops.moyu_ext.<name>``; the fakes below let ``torch.compile`` trace through.
-Tensors are contiguous and on one device; weights and ``x`` share float32, float16 or bfloat16, and
-sums are kept in float32. A wrong shape, dtype or device raises RuntimeError, and on the CPU so does
-an index or count out of range; on CUDA, where the host cannot look at them without waiting, a
-count is clamped and such an index contributes 0, unless MOYU_CHECK=1 asks to wait and look.
+Tensors are contiguous and on one device; weights and ``x`` share float32, float16 or bfloat16, or
+the weights are packed rows (uint8, see `packing.rows`; on the CPU only), and sums are kept in
+float32. A wrong shape, dtype or device raises RuntimeError, and on the CPU so does an index or
+count out of range; on CUDA, where the host cannot look at them without waiting, a count is clamped
+and such an index contributes 0, unless MOYU_CHECK=1 asks to wait and look.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _load  # registers torch.ops.moyu_ext
+from .errors import PatchStateError
 
 MAX_ROWS = 8
 """Rows that one pass over the weights serves (csrc/moyu.h: kMaxRows)."""
@@ -21,10 +25,33 @@ _ops = torch.ops.moyu_ext
 threshold_compact = _ops.threshold_compact.default
 gather_gemv = _ops.gather_gemv.default
 gather_gemv_t = _ops.gather_gemv_t.default
+unpack_rows = _ops.unpack_rows.default
 sparse_mlp = _ops.sparse_mlp.default
 threshold_mlp = _ops.threshold_mlp.default
 shadow_scores = _ops.shadow_scores.default
 shadow_mlp = _ops.shadow_mlp.default
+
+
+class _InferenceOnly(torch.autograd.Function):
+    """Identity whose backward is an error: the operators have no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise PatchStateError(
+            "backward through a patched or packed layer: its operators have no gradient; call "
+            "moyu_ext.unpatch(model) to train, and train a model before it is packed"
+        )
+
+
+def inference_only(out: Tensor) -> Tensor:
+    """The output of an operator, with a clear error for a backward pass through it."""
+    if out.requires_grad and not torch.compiler.is_compiling():
+        return _InferenceOnly.apply(out)
+    return out
 
 
 def use_huge_pages(tensor: Tensor) -> bool:
@@ -62,9 +89,22 @@ def _(
 
 @torch.library.register_fake("moyu_ext::gather_gemv_t")
 def _(
-    values: Tensor, weight_t: Tensor, indices: Tensor, count: Tensor, bias: Tensor | None = None
+    values: Tensor,
+    weight_t: Tensor,
+    indices: Tensor | None,
+    count: Tensor | None,
+    bias: Tensor | None = None,
+    columns: int | None = None,
 ) -> Tensor:
-    return weight_t.new_empty((*values.shape[:-1], weight_t.shape[1]))
+    packed = weight_t.dtype == torch.uint8
+    dtype = torch.float32 if packed and bias is None else (bias if packed else weight_t).dtype  # type: ignore[union-attr]
+    d = weight_t.shape[1] if columns is None else columns
+    return weight_t.new_empty((*values.shape[:-1], d), dtype=dtype)
+
+
+@torch.library.register_fake("moyu_ext::unpack_rows")
+def _(packed: Tensor, out: Tensor) -> None:
+    return None
 
 
 @torch.library.register_fake("moyu_ext::sparse_mlp")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,9 +24,9 @@ def exact(x: Tensor, weights: MlpWeights, active: Tensor) -> Tensor:
     for block in used.split(_BLOCK):
         out += reference.masked_mlp(
             x,
-            None if w.gate is None else w.gate[block],
-            w.up[block],
-            w.down_t[block],
+            w.rows("gate", block) if w.gated else None,
+            w.rows("up", block),
+            w.rows("down_t", block),
             None if w.gate_bias is None else w.gate_bias[block],
             None if w.up_bias is None else w.up_bias[block],
             None,
@@ -35,16 +38,18 @@ def exact(x: Tensor, weights: MlpWeights, active: Tensor) -> Tensor:
 
 
 def plain(x: Tensor, weights: MlpWeights, active: Tensor) -> Tensor:
-    """The same in the weights' dtype, as a user of torch would write it: [rows, d]."""
-    w = weights
+    """The same in x's dtype, as a user of torch would write it: [rows, d]."""
     used = active.any(0).nonzero().flatten()
-    act = reference.ACTIVATIONS[w.activation]
-    h = F.linear(x, w.up[used], None if w.up_bias is None else w.up_bias[used])
-    if w.gate is None:
-        a = act(h)
-    else:
-        a = act(F.linear(x, w.gate[used], None if w.gate_bias is None else w.gate_bias[used])) * h
-    return F.linear(a * active[:, used], w.down_t[used].t(), w.down_bias)
+    part: dict[str, Any] = {
+        name: weights.rows(name, used).to(x.dtype)
+        for name in ("gate", "up", "down_t")
+        if getattr(weights, name) is not None
+    }
+    for name in ("gate_bias", "up_bias"):
+        bias = getattr(weights, name)
+        part[name] = None if bias is None else bias[used]
+    some = replace(weights, packed=None, **part)
+    return some.down(some.activations(x)[1] * active[:, used])
 
 
 def verify(what: str, out: Tensor, x: Tensor, weights: MlpWeights, active: Tensor) -> float:

@@ -100,7 +100,7 @@ def calibrate(
         sequential=sequential,
         tokens=run.measured,
         model=_model_id(getattr(config, "_name_or_path", "") or type(model).__name__),
-        dtype=str(sites[0].weights().up.dtype).removeprefix("torch."),
+        dtype=str(sites[0].weights().dtype).removeprefix("torch."),
         bits=tuple(method.bits_of(i) for i in range(len(sites))) if score == "shadow" else (),
         shadows=method.shadows.key if score == "shadow" and method.shadows else "",
     )

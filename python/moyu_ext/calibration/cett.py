@@ -15,12 +15,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConfigurationError
 from ..models.weights import MlpWeights
-from ..reference import ACTIVATIONS
 
 # The search ends with two thresholds, one on each side of the target, whose mean CETT differ by at
 # most this, or by a quarter of the target if that is less.
@@ -74,9 +72,7 @@ class LayerTokens:
         self.score = score
         self.lengths = lengths
         self._weights = weights
-        self._gate = None if weights.gate is None else weights.gate.detach().float()
-        self._up = weights.up.detach().float()
-        self._down_t = weights.down_t.detach().float()
+        self._wide = weights.to_float32()
         self._norms = weights.column_norms()
 
     @property
@@ -86,15 +82,7 @@ class LayerTokens:
 
     def _neurons(self, rows: slice) -> tuple[Tensor, Tensor]:
         """Activations and token-level scores [rows, f]."""
-        w, x = self._weights, self.x[rows].float()
-        act = ACTIVATIONS[w.activation]
-        h = F.linear(x, self._up, None if w.up_bias is None else w.up_bias.float())
-        if self._gate is None:
-            a = first = act(h)
-        else:
-            bias = None if w.gate_bias is None else w.gate_bias.float()
-            first = act(F.linear(x, self._gate, bias))
-            a = first * h
+        first, a = self._wide.activations(self.x[rows].float())
         if callable(self.score):
             return a, self.score(self.x[rows])
         return a, first.abs() if self.score == "gate" else a.abs() * self._norms
@@ -126,14 +114,16 @@ class LayerTokens:
         for _, a, scores in self._blocks():
             if scores is None:
                 continue
-            total = torch.linalg.vector_norm(a @ self._down_t, dim=-1)
+            total = torch.linalg.vector_norm(a @ self._wide.down_t, dim=-1)
             if not bool(torch.isfinite(total).all()):
                 raise ConfigurationError(
                     "the MLP's output on the calibration tokens is not finite (NaN or infinity); "
                     "check the weights, and calibrate in float32 or bfloat16 rather than float16"
                 )
             below = [scores < cut for cut in cuts]
-            ratios.append(torch.stack([_ratio(_only(a, b) @ self._down_t, total) for b in below]))
+            ratios.append(
+                torch.stack([_ratio(_only(a, b) @ self._wide.down_t, total) for b in below])
+            )
             dropped += torch.stack([b.float().mean() * len(a) for b in below]).double().cpu()
         return torch.cat(ratios, 1), 1 - dropped / self.measured
 
@@ -142,7 +132,7 @@ class LayerTokens:
         out = torch.empty_like(self.x)
         cut = torch.tensor(epsilon, dtype=torch.float32).item()
         for rows, a, scores in self._blocks():
-            y = (a if scores is None else _only(a, ~(scores < cut))) @ self._down_t
+            y = (a if scores is None else _only(a, ~(scores < cut))) @ self._wide.down_t
             bias = self._weights.down_bias
             out[rows] = (y if bias is None else y + bias.float()).to(out.dtype)
         return out

@@ -22,7 +22,6 @@ from ..models.text import (
     write_own,
 )
 from ..models.weights import MlpWeights
-from ..reference import activations
 
 MEMORY = 2 << 30  # bytes of inputs that are held at once
 _PARTS = (0.8, 0.1, 0.1)  # of the windows: training, choosing thresholds, reporting
@@ -93,8 +92,7 @@ def record(
 ) -> Iterator[tuple[int, LayerInputs]]:
     """The inputs of the wanted layers, in order; as many layers per reading as fit in memory."""
     total = sum(len(row) for part in (parts.train, parts.validation, parts.test) for row in part)
-    weight = sites[0].weights().up
-    each = max(1, total * sites[0].d * weight.element_size())
+    each = max(1, total * sites[0].d * sites[0].weights().dtype.itemsize)
     group = max(1, MEMORY // each)
     for start in range(0, len(wanted), group):
         chosen = [sites[i] for i in wanted[start : start + group]]
@@ -120,11 +118,7 @@ def _read(
 
 def neuron_norms(x: Tensor, weights: MlpWeights) -> Tensor:
     """||n_i(x)|| of x [tokens, d], float32 [tokens, f] on the weights' device."""
-    w = weights
-    x = x.to(w.up.device)
-    with torch.no_grad():
-        a = activations(x, w.gate, w.up, w.gate_bias, w.up_bias, w.activation)
-        return a.abs_().mul_(w.column_norms())
+    return weights.norms(x.to(weights.device))
 
 
 def chunks(x: Tensor) -> Iterator[Tensor]:

@@ -87,7 +87,7 @@ def split_layer(
         assignment[order] = torch.arange(weights.f) % experts
     else:
         assignment = balanced_kmeans(_features(inputs, weights, split, experts), experts, generator)
-    assignment = assignment.to(weights.up.device)
+    assignment = assignment.to(weights.device)
     first, second, bias = _train(inputs.train, weights, assignment, experts, epochs, generator)
     captured, oracle = _captured(inputs.test, weights, assignment, first, second, bias)
     return LayerExperts(
@@ -104,7 +104,7 @@ def split_layer(
 def _features(inputs: LayerInputs, weights: MlpWeights, split: str, experts: int) -> Tensor:
     """One row per neuron, of unit length: what neurons of one expert should share."""
     if split == "kmeans":
-        rows = (weights.up if weights.gate is None else weights.gate).detach().float().cpu()
+        rows = weights.rows(weights.first).float().cpu()
     else:
         norms = neuron_norms(inputs.train[:_SAMPLE], weights).cpu()
         # Unit columns: neurons of one pattern meet whatever their size.
@@ -156,7 +156,7 @@ def _train(
     epochs: int,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    place = weights.up.device
+    place = weights.device
     x = inputs.to(place).float()
     width = 4 * experts
     scale = x.norm(dim=1).mean().clamp_min(1e-30)

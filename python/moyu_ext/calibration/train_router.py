@@ -151,7 +151,7 @@ def _fit(
     epochs: int,
     seed: int,
 ) -> LayerRouter:
-    place = weights.up.device
+    place = weights.device
     x = inputs.train.to(place).float()
     first, second, bias = _start(x, weights, epsilon, rank)
     parameters = [first, second, bias]
@@ -190,7 +190,7 @@ def _start(
 
     Weighted by the inputs' second moments: directions that x never takes need no rank.
     """
-    matrix = (weights.up if weights.gate is None else weights.gate).detach().float()
+    matrix = weights.rows(weights.first).float()
     moments = x.t() @ x / len(x)
     values, vectors = torch.linalg.eigh(moments)
     root = values.clamp_min(values.max() * 1e-6).sqrt()

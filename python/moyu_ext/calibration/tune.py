@@ -451,7 +451,7 @@ class _Run:
             sequential=False,
             tokens=self.rows.shape[0] * (self.rows.shape[1] - self.context),
             model=os.path.basename(os.path.normpath(name)) if os.path.isdir(name) else name,
-            dtype=str(self.sites[0].weights().up.dtype).removeprefix("torch."),
+            dtype=str(self.sites[0].weights().dtype).removeprefix("torch."),
             bits=() if shadows is None else shadows.bits,
             shadows="" if shadows is None else shadows.key,
         )

@@ -120,8 +120,7 @@ class Workshop:
 
         def keep(index: int, x: Tensor) -> None:
             w = sites[index].weights()
-            bias = w.up_bias if w.gate is None else w.gate_bias
-            gate = torch.nn.functional.linear(x, w.up if w.gate is None else w.gate, bias)
+            gate = w.project(x, w.first)
             values = ACTIVATIONS[w.activation](gate).abs().float().flatten().sort().values
             places = torch.linspace(0, len(values) - 1, 1001, dtype=torch.float64).round().long()
             found[index] = values[places]

@@ -14,7 +14,6 @@ from ..methods.online_roda import OnlineRODA
 from ..methods.roda import RODA
 from ..models.families import find_mlps, record_inputs
 from ..models.text import device
-from ..reference import activations
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ def router_recall(
 
     def look(index: int, x: Tensor) -> None:
         w = sites[index].weights()
-        a = activations(x, w.gate, w.up, w.gate_bias, w.up_bias, w.activation)
+        a = w.to_float32().activations(x.float())[1]
         labels = a.float().abs() * w.column_norms() >= method.router.layers[index].epsilon
         rule = method.bind(index, w)
         if isinstance(rule, AdaptiveRule):

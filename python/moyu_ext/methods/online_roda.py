@@ -73,7 +73,7 @@ class OnlineRODA(Method):
 
 class _Shifted(AdaptiveRule):
     def __init__(self, layer: LayerRouter, density: float | None, weights: MlpWeights) -> None:
-        device, dtype = weights.up.device, weights.up.dtype
+        device, dtype = weights.device, weights.dtype
         self.first = layer.first.to(device, dtype)
         self.second = layer.second.to(device, dtype)
         threshold = layer.threshold if density is None else layer.threshold_for(density)

@@ -184,7 +184,7 @@ class QRIDA(Method):
 
     def bind(self, index: int, weights: MlpWeights) -> TokenRule:
         """See `Method`."""
-        device = weights.up.device
+        device = weights.device
         _check_device(device)
         epsilon, k, target = None, 0, None
         if self.thresholds is None:

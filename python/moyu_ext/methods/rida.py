@@ -79,7 +79,7 @@ class RIDA(Method):
 
 class _Routed(PredictedRule):
     def __init__(self, layer: LayerExperts, density: float, weights: MlpWeights) -> None:
-        device, dtype = weights.up.device, weights.up.dtype
+        device, dtype = weights.device, weights.dtype
         self.first = layer.first.to(device, dtype)
         self.second = layer.second.to(device, dtype)
         self.bias = layer.bias.to(device, dtype)

@@ -69,7 +69,7 @@ class RODA(Method):
 
 class _Predicted(PredictedRule):
     def __init__(self, layer: LayerRouter, density: float | None, weights: MlpWeights) -> None:
-        device, dtype = weights.up.device, weights.up.dtype
+        device, dtype = weights.device, weights.dtype
         self.first = layer.first.to(device, dtype)
         self.second = layer.second.to(device, dtype)
         self.bias = layer.bias.to(device, torch.float32)

@@ -56,7 +56,7 @@ class STDA(Method):
 
     def bind(self, index: int, weights: MlpWeights) -> SequenceRule:
         """See `Method`."""
-        epsilon = epsilon_of(self.thresholds, index, weights.up.device)
+        epsilon = epsilon_of(self.thresholds, index, weights.device)
         return _RootMeanSquare(weights.column_norms(), epsilon)
 
 

@@ -50,7 +50,7 @@ class TDA(Method):
 
     def bind(self, index: int, weights: MlpWeights) -> TokenRule:
         """See `Method`."""
-        epsilon = epsilon_of(self.thresholds, index, weights.up.device)
+        epsilon = epsilon_of(self.thresholds, index, weights.device)
         return _Threshold(self.score, epsilon, weights)
 
 

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
+from ..packing.layer import PackedLinear
 from ..reference import ACTIVATIONS
-from .weights import MlpWeights
+from .weights import MlpWeights, Packed
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LAYERS = (nn.Linear, PackedLinear)
 
 
 @dataclass(frozen=True)
@@ -86,9 +88,10 @@ class MlpSite:
         function = getattr(self.module, family.activation)
         # Where the projections sit in the layer, a patch has put a stand-in here.
         self.activation = activation_name(getattr(function, "original", function))
-        shape = self.linear(family.up).weight.shape
-        self.f: int = shape[0]
-        self.d: int = shape[-1]
+        up = self.linear(family.up)
+        self.f: int = up.weight.shape[0]
+        # Of a layer that is neither kind the weight tells it, and `check_weights` the rest.
+        self.d: int = getattr(up, "in_features", up.weight.shape[-1])
 
     @property
     def module(self) -> Any:
@@ -105,18 +108,21 @@ class MlpSite:
         return getattr(self.module, name)
 
     def weights(self) -> MlpWeights:
-        """The current parameters; down_t is a transposed view of W_down."""
+        """The current parameters; down_t is a transposed view of W_down, or its packed rows."""
         family = self.family
         gate = None if family.gate is None else self.linear(family.gate)
         up, down = self.linear(family.up), self.linear(family.down)
+        weight = down.weight.detach()
+        packed = weight.dtype == torch.uint8
         return MlpWeights(
             gate=None if gate is None else gate.weight,
             up=up.weight,
-            down_t=down.weight.detach().t(),
+            down_t=weight if packed else weight.t(),
             gate_bias=None if gate is None else gate.bias,
             up_bias=up.bias,
             down_bias=down.bias,
             activation=self.activation,
+            packed=Packed(self.d, down.dtype) if packed else None,
         )
 
     def __repr__(self) -> str:
@@ -250,18 +256,21 @@ def check_weights(site: MlpSite) -> None:
                 f"{where}.{name}.weight is a {type(weight).__name__} (quantised or distributed); "
                 "expected a plain parameter: load the model unquantised on one device"
             )
-        if weight.dtype not in DTYPES:
+        is_packed = isinstance(getattr(linear, "original", linear), PackedLinear)
+        if weight.dtype not in DTYPES and not is_packed:
             raise UnsupportedModelError(
                 f"{where}.{name}.weight has dtype {weight.dtype}; expected float32, float16 or "
                 "bfloat16: load the model unquantised, or convert it with model.to(torch.bfloat16)"
             )
         shape = (site.d, site.f) if name == site.family.down else (site.f, site.d)
-        if tuple(weight.shape) != shape:
+        if is_packed and (linear.out_features, linear.in_features) != shape:
+            raise UnsupportedModelError(f"{where}.{name} is {linear}; expected {shape}")
+        if not is_packed and tuple(weight.shape) != shape:
             raise UnsupportedModelError(
                 f"{where}.{name}.weight has shape {tuple(weight.shape)}; expected {shape}: load "
                 "the model unquantised"
             )
-        if not patched and type(linear) is not nn.Linear:
+        if not patched and type(linear) not in LAYERS:
             raise UnsupportedModelError(
                 f"{where}.{name} is a {type(linear).__name__}; expected torch.nn.Linear: merge "
                 "adapters or remove parametrisations first, or load the model unquantised"
@@ -285,11 +294,10 @@ def _check_forward(site: MlpSite) -> None:
     if site.family.inline or _is_patched(site.module, site.family):
         return
     weights = site.weights()
-    up = weights.up
     generator = torch.Generator(device="cpu").manual_seed(0)
     # Large rows too: a clamp in between shows only there.
     x = torch.randn(3, site.d, generator=generator) * torch.tensor([[1.0], [32.0], [1024.0]])
-    x = x.to(up.device, up.dtype)
+    x = x.to(weights.device, weights.dtype)
     modes = [(module, module.training) for module in site.module.modules()]
     with torch.no_grad():
         expected = weights.down(weights.activations(x)[1]).float()
@@ -316,7 +324,7 @@ def _check_forward(site: MlpSite) -> None:
         same = bool((actual.isfinite() == finite).all())
         whole = finite.all(1)
         off = (actual.float() - expected).norm(dim=1) / expected.norm(dim=1).clamp_min(1e-30)
-        same = same and bool((off[whole] < 8 * torch.finfo(up.dtype).eps).all())
+        same = same and bool((off[whole] < 8 * torch.finfo(weights.dtype).eps).all())
     if not same:
         raise UnsupportedModelError(
             f"{site.name} ({type(site.module).__name__}) looks gated but its forward is not "

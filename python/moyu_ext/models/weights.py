@@ -10,10 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
+from ..packing.rows import linear, linear_t, unpack_rows
 from ..reference import ACTIVATIONS
 
 # Rows whose activations [rows, f] are held in float32 at a time.
 _ROWS = 256
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What packed rows do not tell: hidden size, and the dtype of biases and x."""
+
+    d: int
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -22,6 +31,7 @@ class MlpWeights:
 
     gate: [f, d] or None (ungated); up: [f, d]; down_t: [f, d], W_down neuron-major (may be a
     transposed view); biases [f], [f], [d] or None; activation: a key of `reference.ACTIVATIONS`.
+    With `packed` the three are packed rows, uint8 [f, row_bytes].
     """
 
     gate: Tensor | None
@@ -32,15 +42,27 @@ class MlpWeights:
     down_bias: Tensor | None
     activation: str
 
+    packed: Packed | None = None
+
     @property
     def d(self) -> int:
         """Hidden size."""
-        return self.up.shape[1]
+        return self.up.shape[1] if self.packed is None else self.packed.d
 
     @property
     def f(self) -> int:
         """Intermediate size, the number of neurons."""
         return self.up.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the biases, of x, and of the weights before they were packed."""
+        return self.up.dtype if self.packed is None else self.packed.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.up.device
 
     @property
     def gated(self) -> bool:
@@ -55,37 +77,64 @@ class MlpWeights:
     @property
     def nbytes(self) -> int:
         """Bytes of the matrices, which a dense MLP reads at each token."""
-        return self.matrices * self.up.nbytes
+        return sum(m.nbytes for m in (self.gate, self.up, self.down_t) if m is not None)
 
     def share_read(self, plan: str, density: float, added: float = 0.0) -> float:
         """Bytes that one token reads over those of the dense MLP, see `read_share`; added: bytes
         that the rule reads beside the weights."""
         return read_share(plan, density, self.matrices, added / self.nbytes)
 
+    def rows(self, matrix: str, part: slice | Tensor | None = None) -> Tensor:
+        """Rows of "gate", "up" or "down_t" as plain numbers [n, d]: the weights themselves, or in
+        float32 what packed ones stand for. part: which rows, all by default."""
+        weight = getattr(self, matrix).detach()
+        weight = weight if part is None else weight[part]
+        return weight if self.packed is None else unpack_rows(weight, self.d)
+
+    @property
+    def first(self) -> str:
+        """The projection behind which the activation stands: "gate", or "up" without one."""
+        return "up" if self.gate is None else "gate"
+
+    def project(self, x: Tensor, matrix: str) -> Tensor:
+        """W x + b of "gate" or "up", [..., f] in x's dtype, by matmuls."""
+        weight, bias = getattr(self, matrix), getattr(self, f"{matrix}_bias")
+        return F.linear(x, weight, bias) if self.packed is None else linear(x, weight, bias)
+
+    def norms(self, x: Tensor) -> Tensor:
+        """||n_i(x)|| = |a_i(x)| c_i, float32 [..., f]."""
+        wide = self.to_float32()
+        with torch.no_grad():
+            return wide.activations(x.float())[1].abs_().mul_(self.column_norms())
+
     def activations(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """act(W_gate x) and a(x), [..., f] in the weights' dtype, by torch's own operators; both
-        are a(x) where the MLP is ungated."""
+        """act(W_gate x) and a(x), [..., f] in x's dtype, by matmuls; both are a(x) where the MLP
+        is ungated."""
         act = ACTIVATIONS[self.activation]
-        up = F.linear(x, self.up, self.up_bias)
+        up = self.project(x, "up")
         if self.gate is None:
             product = act(up)
             return product, product
-        gate = act(F.linear(x, self.gate, self.gate_bias))
+        gate = act(self.project(x, "gate"))
         # In place where no gradient needs `up`: one pass over [n, f] less than the model's own.
         return gate, gate * up if torch.is_grad_enabled() else up.mul_(gate)
 
     def down(self, a: Tensor) -> Tensor:
         """W_down a + bias: [..., f] -> [..., d]."""
+        if self.packed is not None:
+            return linear_t(a, self.down_t, self.d, self.down_bias)
         return F.linear(a, self.down_t.t(), self.down_bias)
 
     def to_float32(self) -> MlpWeights:
-        """A copy in float32, which shares what is float32 already."""
+        """A copy in plain float32, which shares what is that already."""
         tensors: dict[str, Any] = {
             name: value.detach().float()
+            if self.packed is None or value.dtype != torch.uint8
+            else unpack_rows(value.detach(), self.d)
             for name, value in vars(self).items()
             if isinstance(value, Tensor)
         }
-        return replace(self, **tensors)
+        return replace(self, packed=None, **tensors)
 
     def output(self, x: Tensor) -> Tensor:
         """The MLP of x [n, d] over all neurons, computed in float32, in x's dtype."""
@@ -140,8 +189,10 @@ class MlpWeights:
         # to the system at once, where smaller ones would leave holes in its heap.
         norms = torch.empty(self.f, dtype=torch.float32, device=self.down_t.device)
         rows = max(1, (1 << 24) // self.d)
-        for block, part in zip(self.down_t.detach().split(rows), norms.split(rows), strict=True):
-            part.copy_(torch.linalg.vector_norm(block, dim=1, dtype=torch.float32))
+        for start in range(0, self.f, rows):
+            part = slice(start, start + rows)
+            block = self.rows("down_t", part)
+            norms[part] = torch.linalg.vector_norm(block, dim=1, dtype=torch.float32)
         return norms
 
 

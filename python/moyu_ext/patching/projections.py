@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..errors import ConfigurationError, PatchStateError
 from ..models.families import DTYPES, MlpSite
-from .sparse_mlp import StandIn, inference_only
+from .sparse_mlp import StandIn
 
 # Rows at a time, by device. On an H100 the MLP over all neurons, which has the same loop, was
 # faster than cuBLAS up to four rows (1.12x, 1.10x, 1.04x at 1, 2, 4) and slower at eight (0.84x).
@@ -44,7 +44,7 @@ class Projection(StandIn):
         ):
             return F.linear(x, weight, self.bias)
         out = ops.gather_gemv(x.contiguous(), weight, None, None, self.bias)
-        return inference_only(out.to(x.dtype))
+        return ops.inference_only(out.to(x.dtype))
 
     def use_huge_pages(self) -> None:
         """Move the weight to huge pages where the system has them."""

@@ -14,40 +14,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
 from ..errors import PatchStateError
 from ..methods.base import AdaptiveRule, Method, SequenceRule, TokenRule, compact
-from ..models.families import MlpSite, check_weights
+from ..models.families import LAYERS, MlpSite, check_weights
 from ..models.weights import MlpWeights
 from .passes import Context, Pass
 from .sequence_state import LayerState
 
 _SAMPLES = 64
-
-
-class _InferenceOnly(torch.autograd.Function):
-    """Identity whose backward is an error: the operators have no gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, out: Tensor) -> Tensor:
-        return out.view_as(out)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise PatchStateError(
-            "backward through a patched layer: its operators have no gradient; call "
-            "moyu_ext.unpatch(model) to train"
-        )
-
-
-def inference_only(out: Tensor) -> Tensor:
-    """The output of an operator, with a clear error for a backward pass through it."""
-    if out.requires_grad and not torch.compiler.is_compiling():
-        return _InferenceOnly.apply(out)
-    return out
+_BITS = {2: torch.int16, 4: torch.int32}
 
 
 class StandIn(nn.Module):
@@ -105,7 +83,7 @@ class _Watched:
         """Some of the values, bit by bit, so that a NaN equals itself."""
         flat = self.weight.detach().as_strided((self.weight.numel(),), (1,))  # either layout
         values = flat[:: max(1, len(flat) // _SAMPLES)].clone()
-        return values.view(torch.int32 if values.element_size() == 4 else torch.int16)
+        return values if values.dtype == torch.uint8 else values.view(_BITS[values.element_size()])
 
     def rewritten(self) -> bool:
         """Whether the values are others although nothing counted it, as behind `weight.data`."""
@@ -114,7 +92,7 @@ class _Watched:
     def changed(self) -> bool:
         """Whether the layer, its parameter or the values (written in place) are others now."""
         linear = self._linear()
-        if linear is not self.linear and type(linear) is not nn.Linear:
+        if linear is not self.linear and type(linear) not in LAYERS:
             raise PatchStateError(
                 f"{self.name} is a {type(linear).__name__} now, which a patched MLP does not run; "
                 "call moyu_ext.unpatch(model) before you change its layers, and patch it again"
@@ -189,7 +167,7 @@ class SparseMLP(StandIn):
         """Make W_down neuron-major, in place in its parameter, and read the weights again."""
         down = self.site.linear(self.site.family.down).weight
         with torch.inference_mode(False):
-            if not down.data.t().is_contiguous():
+            if not (down.dtype == torch.uint8 or down.data.t().is_contiguous()):
                 down.data = down.data.t().contiguous().t()
             self.weights = self.site.weights()
             self._watched = [_Watched(self.site, name) for name in self.site.family.linears]
@@ -290,14 +268,14 @@ class SparseMLP(StandIn):
     def _rows(self, x: Tensor, weights: MlpWeights) -> Tensor:
         """x as operators take it: contiguous [rows, d], under autocast in the weights' dtype."""
         if torch.is_autocast_enabled(x.device.type):
-            x = x.to(weights.up.dtype)
+            x = x.to(weights.dtype)
         return x.reshape(-1, self.d).contiguous()
 
     def _output(self, out: Tensor, x: Tensor) -> Tensor:
         """An operator's output in the shape of x, under autocast in its dtype, as a linear's is."""
         if torch.is_autocast_enabled(x.device.type):
             out = out.to(torch.get_autocast_dtype(x.device.type))
-        return inference_only(out.view(x.shape))
+        return ops.inference_only(out.view(x.shape))
 
     def _given(self, x: Tensor, weights: MlpWeights, current: Pass) -> Tensor:
         rows = current.batch * current.length
@@ -338,7 +316,7 @@ class SparseMLP(StandIn):
     def _dense(self, x: Tensor, weights: MlpWeights) -> Tensor:
         _, product = weights.activations(x)
         self.dense_tokens.add_(x.numel() // self.d)
-        return self._down(product, weights)
+        return weights.down(product)
 
     def _computed(self, x: Tensor, weights: MlpWeights, current: Pass) -> Tensor:
         """All neurons, those masked that a governed token may not use."""
@@ -358,7 +336,7 @@ class SparseMLP(StandIn):
                 layer.decide(self.rule, tokens.to(x.device))
         if current.govern is None:
             self.dense_tokens.add_(rows)
-            return self._down(product, weights)
+            return weights.down(product)
         govern = current.govern.to(x.device).unsqueeze(-1)
         if isinstance(self.rule, TokenRule):
             flat = (rows, self.f)
@@ -374,7 +352,7 @@ class SparseMLP(StandIn):
         self.tokens.add_(governed)
         self.dense_tokens.add_(rows - governed)
         a = a.masked_fill(govern & ~active, 0.0)
-        return self._down(a.view(product.shape), weights)
+        return weights.down(a.view(product.shape))
 
     def _of_sequence(self, x: Tensor, a: Tensor, layer: LayerState, current: Pass) -> Tensor:
         """What each token may use under a sequence-level rule, bool [B, n or 1, f]."""
@@ -394,10 +372,6 @@ class SparseMLP(StandIn):
         if isinstance(rule, AdaptiveRule):
             return rule.active(x.reshape(*a.shape[:2], self.d), total, tokens)
         return rule.choose(total, tokens)
-
-    def _down(self, a: Tensor, weights: MlpWeights) -> Tensor:
-        down = self.site.linear(self.site.family.down)
-        return F.linear(a, down.weight, weights.down_bias)
 
     def extra_repr(self) -> str:
         """The method."""

@@ -24,18 +24,17 @@ def build_shadow(weights: MlpWeights, bits_gate: int, bits_up: int) -> Shadow:
 
     Raises ConfigurationError for bits outside 1..4.
     """
-    up, gate = weights.up.detach(), weights.gate
-    bits_gate = bits_gate if gate is not None else 0
-    for bits in (bits_gate, bits_up)[gate is None :]:
+    bits_gate = bits_gate if weights.gated else 0
+    for bits in (bits_gate, bits_up)[not weights.gated :]:
         check_bits(bits)
     width = record_bytes(weights.d, bits_gate, bits_up)
-    data = torch.empty(weights.f, width, dtype=torch.uint8, device=up.device)
+    data = torch.empty(weights.f, width, dtype=torch.uint8, device=weights.device)
     ops.use_huge_pages(data)
     rows = _rows(weights.d)
     for start in range(0, weights.f, rows):  # the codes of whole matrices would be four times data
         part = slice(start, start + rows)
-        codes = None if gate is None else quantise(gate.detach()[part], bits_gate)
-        data[part] = pack(codes, quantise(up[part], bits_up), weights.d).data
+        codes = quantise(weights.rows("gate", part), bits_gate) if weights.gated else None
+        data[part] = pack(codes, quantise(weights.rows("up", part), bits_up), weights.d).data
     return Shadow(data, weights.d, bits_gate, bits_up)
 
 

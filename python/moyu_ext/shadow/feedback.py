@@ -44,9 +44,9 @@ def build_for(x: Tensor, weights: MlpWeights, bits_gate: int, bits_up: int) -> S
 def build_each_for(x: Tensor, weights: MlpWeights, bits: Sequence[tuple[int, int]]) -> list[Shadow]:
     """The same for each of `bits`, (gate, up)."""
     order, factor = elimination(damped_moment(x))
-    matrices = {"up": weights.up.detach()}
-    if weights.gate is not None:
-        matrices["gate"] = weights.gate.detach()
+    matrices = {"up": weights.rows("up")}
+    if weights.gated:
+        matrices["gate"] = weights.rows("gate")
     # Each matrix once for each number of bits, however many pairs have it.
     wanted = {("gate", gate) for gate, _ in bits} | {("up", up) for _, up in bits}
     codes = {

@@ -161,7 +161,7 @@ class Shadows:
                 f"the shadow of layer {index} was built from other weights than the model's; build "
                 "it from this model"
             )
-        data = shadow.data.to(weights.up.device)
+        data = shadow.data.to(weights.device)
         return Shadow(data, shadow.d, shadow.bits_gate, shadow.bits_up)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
@@ -286,9 +286,9 @@ def _alike(shadow: Shadow, weights: MlpWeights) -> bool:
     f = weights.f
     rows = torch.arange(min(f, _SAMPLES)) * f // min(f, _SAMPLES)
     gate, up = unpack(Shadow(shadow.data[rows], shadow.d, shadow.bits_gate, shadow.bits_up))
-    for matrix, weight in ((gate, weights.gate), (up, weights.up)):
-        if matrix is not None and weight is not None:
-            exact = weight.detach()[rows.to(weight.device)].float().cpu()
+    for matrix, name in ((gate, "gate"), (up, "up")):
+        if matrix is not None and getattr(weights, name) is not None:
+            exact = weights.rows(name, rows.to(weights.device)).float().cpu()
             rounded = dequantise(matrix)[:, : shadow.d]
             cosine = torch.nn.functional.cosine_similarity(exact, rounded, dim=1)
             # 0.8 at one bit, and near 0 for other weights; a row of zeros says nothing.

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..evaluation.statistics import top_mask
 from ..models.families import MlpSite, record_inputs
-from ..reference import activations
 from .setting import Setting, Subject
 
 _ROWS = 8  # texts of one forward
@@ -49,10 +48,7 @@ def mask_arguments(mask: Tensor | None, rows: slice) -> dict[str, Any]:
 
 def norms_of(site: MlpSite, x: Tensor) -> Tensor:
     """||n_i(x)|| = |a_i(x)| c_i of one MLP, float32 [..., f]."""
-    w = site.weights()
-    with torch.no_grad():
-        a = activations(x, w.gate, w.up, w.gate_bias, w.up_bias, w.activation)
-        return a.abs_().mul_(w.column_norms())
+    return site.weights().norms(x)
 
 
 def active(setting: Setting, subject: Subject, norms: Tensor) -> Tensor:

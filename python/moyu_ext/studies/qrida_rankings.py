@@ -177,7 +177,7 @@ def _shadow(s: Shadow, w: MlpWeights) -> Scorer:
 
 def _up_scale(x: Tensor, w: MlpWeights) -> Tensor:
     with torch.no_grad():
-        return F.linear(x, w.up, w.up_bias).square().mean(0).sqrt() * w.column_norms()
+        return w.project(x, "up").square().mean(0).sqrt() * w.column_norms()
 
 
 def _scaled_gate(scale: Tensor) -> Scorer:
@@ -196,23 +196,22 @@ def _constant(values: Tensor) -> Scorer:
 def _signs(w: MlpWeights) -> Scorer:
     """SparseInfer (arXiv 2411.12692): how many products w_j x_j of the gate are positive, by the
     sign bits alone; more mean a larger pre-activation. It has no notion of up or of W_down."""
-    matrix = (w.up if w.gate is None else w.gate).detach().sign()
+    matrix = w.rows(w.first).sign()
     return lambda x, gate, a: F.linear(x.sign(), matrix)
 
 
 def _svd(w: MlpWeights, share: float) -> Scorer:
     """n^ from gate and up at the rank whose bfloat16 factors take this share of the MLP's bytes."""
-    parts = [m for m in (w.gate, w.up) if m is not None]
-    rank = max(1, round(share * (len(parts) + 1) * w.f * w.d / (len(parts) * (w.f + w.d))))
+    rank = max(1, round(share * w.matrices * w.f * w.d / ((w.matrices - 1) * (w.f + w.d))))
 
     def low(matrix: Tensor) -> Tensor:
         u, s, v = torch.linalg.svd(matrix.detach().float(), full_matrices=False)
         return (u[:, :rank] * s[:rank]) @ v[:rank]
 
-    up, c, act = low(w.up), w.column_norms(), ACTIVATIONS[w.activation]
+    up, c, act = low(w.rows("up")), w.column_norms(), ACTIVATIONS[w.activation]
     if w.gate is None:
         return lambda x, gate, a: act(F.linear(x, up, w.up_bias)).abs() * c
-    gate = low(w.gate)
+    gate = low(w.rows("gate"))
     return lambda x, _, a: (
         (act(F.linear(x, gate, w.gate_bias)) * F.linear(x, up, w.up_bias)).abs() * c
     )

@@ -52,7 +52,7 @@ class Subject:
             "d": site.d,
             "f": site.f,
             "fingerprint": self.fingerprint,
-            "dtype": str(site.weights().up.dtype).removeprefix("torch."),
+            "dtype": str(site.weights().dtype).removeprefix("torch."),
         }
 
 

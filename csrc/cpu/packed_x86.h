@@ -1,0 +1,285 @@
+// Rows of low-bit codes on x86: the dot product of one with the input, the scaled sum of a few, and
+// their values. A weight is scale * code + offset, so that per group of columns
+//   row . x       = scale * (codes . x) + offset * sum(x)
+//   sum_n a_n w_n = sum_n (a_n scale_n) codes_n + sum_n a_n offset_n
+// with x, or the a_n scale_n, in int16 steps of their own largest: the products are integers.
+
+constexpr float kWordMax = 32767.0f;
+
+// Up to kMaxRows input rows in int16, one step per block of 64; what lies behind d is zero.
+struct PackedInput {
+  const int16_t* x;    // [rows, blocks, 64]
+  const float* scale;  // [2][rows, padded]: per group of 64, then of 32
+  const float* sum;    // the same: step * sum of the words
+  int64_t rows, blocks, padded;
+
+  const float* of(const float* all, bool halves, int64_t r) const {
+    return halves ? all + (rows + 2 * r) * padded : all + r * padded;
+  }
+};
+
+inline PackedInput pack_input(DType dtype, const void* x, int64_t rows, int64_t d, float* scratch) {
+  const int64_t blocks = packed_blocks(d), padded = (blocks + 7) / 8 * 8;
+  float* scale = scratch;
+  float* sum = scale + 3 * rows * padded;
+  int16_t* words = reinterpret_cast<int16_t*>(sum + 3 * rows * padded);
+  std::fill(scale, sum + 3 * rows * padded, 0.0f);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t n = std::min(kPackedBlock, d - b * kPackedBlock);
+      float values[kPackedBlock] = {};
+      to_floats(dtype, x, r * d + b * kPackedBlock, n, values);
+      Vec8 largest = broadcast8(0.0f), finite = largest;  // finite stays 0 unless a value is not
+      for (int j = 0; j < kPackedBlock; j += 8) {
+        const Vec8 v = load8(values + j);
+        largest = max8(largest, abs8(v));
+        finite = fma8(v, broadcast8(0.0f), finite);
+      }
+      float lane[8];
+      store8(lane, largest);
+      const float most = *std::max_element(lane, lane + 8);
+      // A NaN or an infinity makes the step NaN, and so every product. Steps below 2^-126 are 0.
+      const float step = most / kWordMax + sum8(finite), inverse = step >= 1.2e-38f ? 1 / step : 0;
+      int16_t* out = words + (r * blocks + b) * kPackedBlock;
+      int32_t half[2] = {};
+      for (int j = 0; j < kPackedBlock; ++j) {
+        const float word = std::min(std::max(round_even(values[j] * inverse), -kWordMax), kWordMax);
+        out[j] = static_cast<int16_t>(word);
+        half[j / 32] += out[j];
+      }
+      for (int h = 0; h < 2; ++h) {
+        scale[rows * padded + r * 2 * padded + 2 * b + h] = step;
+        sum[rows * padded + r * 2 * padded + 2 * b + h] = step * static_cast<float>(half[h]);
+      }
+      scale[r * padded + b] = step;
+      sum[r * padded + b] = step * static_cast<float>(half[0] + half[1]);
+    }
+  return {words, scale, sum, rows, blocks, padded};
+}
+
+// Eight of the n numbers from p on, zeros behind them.
+MOYU_NOINLINE Vec8 load8_some(const Half* p, int64_t n) {
+  Half some[8] = {};
+  std::memcpy(some, p, static_cast<size_t>(n) * sizeof(Half));
+  return load8(some);
+}
+MOYU_INLINE Vec8 load8_of(const Half* p, int64_t n) { return n >= 8 ? load8(p) : load8_some(p, n); }
+
+// Where the codes, scales and offsets of a row lie.
+struct PackedRow {
+  const uint8_t* codes;
+  int64_t blocks, block_bytes, per_block;  // groups of 32 or 64 columns: 2 or 1 a block
+
+  PackedRow(const uint8_t* row, int32_t bits, int32_t group, int64_t blocks)
+      : codes(row), blocks(blocks), block_bytes(8 * bits), per_block(kPackedBlock / group) {}
+  int64_t groups() const { return blocks * per_block; }
+  const Half* scales() const { return reinterpret_cast<const Half*>(codes + blocks * block_bytes); }
+  const Half* offsets() const { return scales() + groups(); }
+  int64_t bytes() const { return blocks * (block_bytes + 4 * per_block); }
+};
+
+// Calls body with the number of bits.
+template <class Body>
+MOYU_INLINE void with_bits(int32_t bits, Body body) {
+  switch (bits) {
+    case 3: return body(Number<3>{});
+    case 4: return body(Number<4>{});
+    case 5: return body(Number<5>{});
+    case 6: return body(Number<6>{});
+    default: return body(Number<8>{});
+  }
+}
+
+// out[r] = row . x[r0 + r] for R rows, fetching the lines of two rows needed soon.
+template <int kBits, int R>
+MOYU_INLINE void packed_dot_rows(const PackedRow& row, const PackedInput& x, int64_t r0,
+                                 const char* ahead, const char* ahead2, float* out) {
+  constexpr int64_t kBytes = 8 * kBits;
+  const bool halves = row.per_block == 2;
+  Vec8 acc[R], offsets[R];
+  const float *step[R], *sum[R];
+  for (int r = 0; r < R; ++r) {
+    acc[r] = offsets[r] = broadcast8(0.0f);
+    step[r] = x.of(x.scale, halves, r0 + r);
+    sum[r] = x.of(x.sum, halves, r0 + r);
+  }
+  float scale[R][16];
+  for (int64_t first = 0; first < row.blocks; first += 8) {
+    for (int64_t g = 0; g < row.per_block; ++g) {
+      const int64_t at = first * row.per_block + 8 * g, left = row.groups() - at;
+      if (left <= 0) break;
+      const Vec8 s = load8_of(row.scales() + at, left), m = load8_of(row.offsets() + at, left);
+      for (int r = 0; r < R; ++r) {
+        store8(scale[r] + 8 * g, mul8(s, load8(step[r] + at)));
+        offsets[r] = fma8(m, load8(sum[r] + at), offsets[r]);
+      }
+    }
+    const int64_t n = std::min<int64_t>(8, row.blocks - first);
+    for (int64_t b = 0; b < n; ++b) {
+      const uint8_t* block = row.codes + (first + b) * kBytes;
+      prefetch(ahead + (first + b) * kBytes);
+      if (ahead2) prefetch(ahead2 + (first + b) * kBytes);
+      const Words c0 = codes16<kBits, 0>(block), c1 = codes16<kBits, 1>(block);
+      const Words c2 = codes16<kBits, 2>(block), c3 = codes16<kBits, 3>(block);
+      for (int r = 0; r < R; ++r) {
+        const int16_t* w = x.x + ((r0 + r) * x.blocks + first + b) * kPackedBlock;
+        const Sums one =
+            multiply_pairs(multiply_pairs(sums_zero(), c0, load_words(w)), c1, load_words(w + 16));
+        const Sums two = multiply_pairs(multiply_pairs(sums_zero(), c2, load_words(w + 32)), c3,
+                                        load_words(w + 48));
+        if (halves) {
+          acc[r] = fma8(to_vec8(one), broadcast8(scale[r][2 * b]), acc[r]);
+          acc[r] = fma8(to_vec8(two), broadcast8(scale[r][2 * b + 1]), acc[r]);
+        } else {
+          acc[r] = fma8(to_vec8(sums_add(one, two)), broadcast8(scale[r][b]), acc[r]);
+        }
+      }
+    }
+  }
+  for (int64_t at = row.blocks * kBytes; at < row.bytes(); at += 64) {
+    prefetch(ahead + at);
+    if (ahead2) prefetch(ahead2 + at);
+  }
+  for (int r = 0; r < R; ++r) out[r] = sum8(add8(acc[r], offsets[r]));
+}
+
+// out[r] = row . x[r], fetching the lines of two rows needed soon.
+MOYU_NOINLINE void packed_dot(const uint8_t* row, int32_t bits, int32_t group, const PackedInput& x,
+                              const char* ahead, const char* ahead2, float* out) {
+  const PackedRow packed(row, bits, group, x.blocks);
+  with_bits(bits, [&](auto b) MOYU_LAMBDA_INLINE {
+    int64_t r = 0;
+    for (; r + 4 <= x.rows; r += 4)
+      packed_dot_rows<b.value, 4>(packed, x, r, ahead, ahead2, out + r);
+    for (; r < x.rows; ++r) packed_dot_rows<b.value, 1>(packed, x, r, ahead, ahead2, out + r);
+  });
+}
+
+// The codes of one block of kGroup rows.
+struct PackedTile {
+  int16_t codes[kGroup][kPackedBlock];
+};
+
+MOYU_NOINLINE void read_tile(const uint8_t* const* rows, int32_t bits, int64_t block,
+                             PackedTile* tile) {
+  with_bits(bits, [&](auto b) MOYU_LAMBDA_INLINE {
+    for (int n = 0; n < kGroup; ++n) {
+      const uint8_t* codes = rows[n] + block * 8 * b.value;
+      store_words(tile->codes[n], codes16<b.value, 0>(codes));
+      store_words(tile->codes[n] + 16, codes16<b.value, 1>(codes));
+      store_words(tile->codes[n] + 32, codes16<b.value, 2>(codes));
+      store_words(tile->codes[n] + 48, codes16<b.value, 3>(codes));
+    }
+  });
+}
+
+// Two rows' coefficients a_n scale_n in a word each, in int16 steps of the largest of kGroup rows,
+// and the sum of a_n offset_n: for 8 blocks of up to two groups.
+struct PackedCoefficients {
+  int32_t pairs[kGroup / 2][16];
+  float step[16], offset[16];
+};
+
+MOYU_INLINE void coefficients(const uint8_t* const* rows, int32_t bits, int32_t group,
+                              const float* values, int64_t stride, int64_t blocks, int64_t first,
+                              PackedCoefficients* out) {
+  const PackedRow shape(nullptr, bits, group, blocks);
+  for (int64_t g = 0; g < shape.per_block; ++g) {
+    const int64_t at = first * shape.per_block + 8 * g, left = shape.groups() - at;
+    if (left <= 0) break;
+    Vec8 largest = broadcast8(0.0f), sum = largest, finite = largest, c[kGroup];
+    for (int n = 0; n < kGroup; ++n) {
+      const PackedRow row(rows[n], bits, group, blocks);
+      const Vec8 a = broadcast8(values[n * stride]);
+      sum = fma8(a, load8_of(row.offsets() + at, left), sum);
+      c[n] = mul8(a, load8_of(row.scales() + at, left));
+      largest = max8(largest, abs8(c[n]));
+      finite = fma8(c[n], broadcast8(0.0f), finite);  // stays 0 unless a value is not finite
+    }
+    const Vec8 inverse = over8(kWordMax, largest);
+    for (int n = 0; n < kGroup; n += 2)
+      store_sums(out->pairs[n / 2] + 8 * g,
+                 word_pairs(round8(mul8(c[n], inverse)), round8(mul8(c[n + 1], inverse))));
+    store8(out->step + 8 * g, fma8(largest, broadcast8(1.0f / kWordMax), finite));
+    store8(out->offset + 8 * g, sum);
+  }
+}
+
+// acc[r] += sum over n < kGroup of values[n * count + r] * rows[n], for r < count; ahead: rows to
+// fetch, or null.
+MOYU_NOINLINE void packed_axpy(const uint8_t* const* rows, int32_t bits, int32_t group,
+                               const float* values, int64_t count, int64_t d,
+                               const char* const* ahead, float* acc) {
+  const int64_t blocks = packed_blocks(d), per_block = kPackedBlock / group;
+  const int64_t bytes = packed_row_bytes(d, bits, group);
+  PackedCoefficients factors[kMaxRows];
+  PackedTile tile;
+  for (int64_t first = 0; first < blocks; first += 8) {
+    for (int64_t r = 0; r < count; ++r)
+      coefficients(rows, bits, group, values + r, count, blocks, first, factors + r);
+    const int64_t n = std::min<int64_t>(8, blocks - first);
+    for (int64_t b = 0; b < n; ++b) {
+      read_tile(rows, bits, first + b, &tile);
+      if (ahead)
+        for (int k = 0; k < kGroup; ++k) prefetch(ahead[k] + (first + b) * 8 * bits);
+      for (int t = 0; t < 4; ++t) {
+        const int64_t g = b * per_block + 16 * t / group;
+        const int64_t begin = (first + b) * kPackedBlock + 16 * t, left = d - begin;
+        if (left <= 0) break;
+        Words even[kGroup / 2], odd[kGroup / 2];
+#pragma GCC unroll 4
+        for (int k = 0; k < kGroup / 2; ++k)
+          interleave(load_words(tile.codes[2 * k] + 16 * t),
+                     load_words(tile.codes[2 * k + 1] + 16 * t), even + k, odd + k);
+        for (int64_t r = 0; r < count; ++r) {
+          const PackedCoefficients& own = factors[r];
+          Sums low = sums_zero(), high = low, one, two;
+#pragma GCC unroll 4
+          for (int k = 0; k < kGroup / 2; ++k) {
+            const Words pair = pair_everywhere(own.pairs[k][g]);
+            low = multiply_pairs(low, even[k], pair);
+            high = multiply_pairs(high, odd[k], pair);
+          }
+          in_order(low, high, &one, &two);
+          const Vec8 s = broadcast8(own.step[g]), m = broadcast8(own.offset[g]);
+          float* to = acc + r * d + begin;
+          if (left >= 16) {
+            store8(to, fma8(to_vec8(one), s, add8(load8(to), m)));
+            store8(to + 8, fma8(to_vec8(two), s, add8(load8(to + 8), m)));
+          } else {
+            float last[16];
+            store8(last, fma8(to_vec8(one), s, m));
+            store8(last + 8, fma8(to_vec8(two), s, m));
+            for (int64_t j = 0; j < left; ++j) to[j] += last[j];
+          }
+        }
+      }
+    }
+  }
+  if (ahead)
+    for (int k = 0; k < kGroup; ++k)
+      for (int64_t at = blocks * 8 * bits; at < bytes; at += 64) prefetch(ahead[k] + at);
+}
+
+// out[j] = the value at column 64 block + j, for j < 64.
+MOYU_NOINLINE void packed_values(const uint8_t* packed, int32_t bits, int32_t group, int64_t d,
+                                 int64_t block, float* out) {
+  const PackedRow row(packed, bits, group, packed_blocks(d));
+  Words words[4];
+  with_bits(bits, [&](auto b) MOYU_LAMBDA_INLINE {
+    const uint8_t* codes = packed + block * 8 * b.value;
+    words[0] = codes16<b.value, 0>(codes);
+    words[1] = codes16<b.value, 1>(codes);
+    words[2] = codes16<b.value, 2>(codes);
+    words[3] = codes16<b.value, 3>(codes);
+  });
+  for (int t = 0; t < 4; ++t) {
+    const int64_t g = block * row.per_block + 16 * t / group;
+    const Vec8 s = broadcast8(to_float(row.scales()[g]));
+    const Vec8 m = broadcast8(to_float(row.offsets()[g]));
+    Vec8 first, second;
+    words_to_vec8(words[t], &first, &second);
+    store8(out + 16 * t, fma8(first, s, m));
+    store8(out + 16 * t + 8, fma8(second, s, m));
+  }
+}
