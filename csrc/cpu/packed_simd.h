@@ -25,6 +25,11 @@ MOYU_INLINE float sum8(Vec8 v) {
   const __m128 pair = _mm_add_ps(half, _mm_movehl_ps(half, half));
   return _mm_cvtss_f32(_mm_add_ss(pair, _mm_shuffle_ps(pair, pair, 1)));
 }
+MOYU_INLINE float most8(Vec8 v) {
+  const __m128 half = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  const __m128 pair = _mm_max_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_max_ss(pair, _mm_shuffle_ps(pair, pair, 1)));
+}
 MOYU_INLINE Sums sums_zero() { return _mm256_setzero_si256(); }
 MOYU_INLINE Sums sums_add(Sums a, Sums b) { return _mm256_add_epi32(a, b); }
 // The words' values: 0..7 in first, 8..15 in second.
@@ -75,6 +80,10 @@ MOYU_INLINE Sums multiply_pairs(Sums acc, Words a, Words b) {
 #else
   return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b));
 #endif
+}
+// The numbers of a, then those of b, as words; saturating.
+MOYU_INLINE Words words_of(Sums a, Sums b) {
+  return _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);
 }
 MOYU_INLINE Words pair_everywhere(int32_t pair) { return _mm256_set1_epi32(pair); }
 // The words of a and b by turns: 0..3 and 8..11 of each in low, the others in high.

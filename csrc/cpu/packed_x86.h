@@ -24,10 +24,12 @@ inline PackedInput pack_input(DType dtype, const void* x, int64_t rows, int64_t 
   float* sum = scale + 3 * rows * padded;
   int16_t* words = reinterpret_cast<int16_t*>(sum + 3 * rows * padded);
   std::fill(scale, sum + 3 * rows * padded, 0.0f);
+  const Words ones = pair_everywhere(0x00010001);
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t n = std::min(kPackedBlock, d - b * kPackedBlock);
-      float values[kPackedBlock] = {};
+      alignas(32) float values[kPackedBlock];
+      if (n < kPackedBlock) std::fill(values, values + kPackedBlock, 0.0f);
       to_floats(dtype, x, r * d + b * kPackedBlock, n, values);
       Vec8 largest = broadcast8(0.0f), finite = largest;  // finite stays 0 unless a value is not
       for (int j = 0; j < kPackedBlock; j += 8) {
@@ -35,24 +37,26 @@ inline PackedInput pack_input(DType dtype, const void* x, int64_t rows, int64_t 
         largest = max8(largest, abs8(v));
         finite = fma8(v, broadcast8(0.0f), finite);
       }
-      float lane[8];
-      store8(lane, largest);
-      const float most = *std::max_element(lane, lane + 8);
+      const float most = most8(largest);
       // A NaN or an infinity makes the step NaN, and so every product. Steps below 2^-126 are 0.
       const float step = most / kWordMax + sum8(finite), inverse = step >= 1.2e-38f ? 1 / step : 0;
       int16_t* out = words + (r * blocks + b) * kPackedBlock;
-      int32_t half[2] = {};
-      for (int j = 0; j < kPackedBlock; ++j) {
-        const float word = std::min(std::max(round_even(values[j] * inverse), -kWordMax), kWordMax);
-        out[j] = static_cast<int16_t>(word);
-        half[j / 32] += out[j];
+      Sums half[2] = {sums_zero(), sums_zero()};
+      for (int j = 0; j < kPackedBlock; j += 16) {
+        const Vec8 scale8 = broadcast8(inverse);
+        // Saturating, where the rounded inverse carries the largest over 32767.
+        const Words w = words_of(round8(mul8(load8(values + j), scale8)),
+                                 round8(mul8(load8(values + j + 8), scale8)));
+        store_words(out + j, w);
+        half[j / 32] = multiply_pairs(half[j / 32], w, ones);
       }
+      const float sums[2] = {sum8(to_vec8(half[0])), sum8(to_vec8(half[1]))};
       for (int h = 0; h < 2; ++h) {
         scale[rows * padded + r * 2 * padded + 2 * b + h] = step;
-        sum[rows * padded + r * 2 * padded + 2 * b + h] = step * static_cast<float>(half[h]);
+        sum[rows * padded + r * 2 * padded + 2 * b + h] = step * sums[h];
       }
       scale[r * padded + b] = step;
-      sum[r * padded + b] = step * static_cast<float>(half[0] + half[1]);
+      sum[r * padded + b] = step * (sums[0] + sums[1]);
     }
   return {words, scale, sum, rows, blocks, padded};
 }
@@ -117,8 +121,10 @@ MOYU_INLINE void packed_dot_rows(const PackedRow& row, const PackedInput& x, int
     const int64_t n = std::min<int64_t>(8, row.blocks - first);
     for (int64_t b = 0; b < n; ++b) {
       const uint8_t* block = row.codes + (first + b) * kBytes;
-      prefetch(ahead + (first + b) * kBytes);
-      if (ahead2) prefetch(ahead2 + (first + b) * kBytes);
+      if (kBytes != 32 || b % 2 == 0) {  // a line at a time
+        prefetch(ahead + (first + b) * kBytes);
+        if (ahead2) prefetch(ahead2 + (first + b) * kBytes);
+      }
       const Words c0 = codes16<kBits, 0>(block), c1 = codes16<kBits, 1>(block);
       const Words c2 = codes16<kBits, 2>(block), c3 = codes16<kBits, 3>(block);
       for (int r = 0; r < R; ++r) {
@@ -205,6 +211,95 @@ MOYU_INLINE void coefficients(const uint8_t* const* rows, int32_t bits, int32_t 
   }
 }
 
+// The codes of block `block` of two rows by turns, elements 16t .. 16t + 15: those of lanes 0..3 and
+// 8..11 in low, the others in high (as `interleave` has them).
+template <int kBits>
+struct RowPair {
+  Words low, high, low2, high2;
+  const uint8_t *a, *b;
+
+  MOYU_INLINE RowPair(const uint8_t* a_codes, const uint8_t* b_codes) : a(a_codes), b(b_codes) {
+    if constexpr (kBits != 3) interleave(load_words(a), load_words(b), &low, &high);
+    if constexpr (kBits == 8) interleave(load_words(a + 32), load_words(b + 32), &low2, &high2);
+    if constexpr (kBits == 6) interleave(widen_bytes(a + 32), widen_bytes(b + 32), &low2, &high2);
+  }
+
+  template <int t>
+  MOYU_INLINE void codes(Words* even, Words* odd) const {
+    if constexpr (kBits == 8) {
+      *even = word_bits<8 * (t % 2), 8, 0>(t < 2 ? low : low2);
+      *odd = word_bits<8 * (t % 2), 8, 0>(t < 2 ? high : high2);
+    } else if constexpr (kBits == 4 || kBits == 6) {
+      *even = word_bits<4 * t, 4, 0>(low);
+      *odd = word_bits<4 * t, 4, 0>(high);
+      if constexpr (kBits == 6) {
+        *even = both_words(*even, word_bits<2 * t, 2, 4>(low2));
+        *odd = both_words(*odd, word_bits<2 * t, 2, 4>(high2));
+      }
+    } else {
+      interleave(codes16<kBits, t>(a), codes16<kBits, t>(b), even, odd);
+    }
+  }
+};
+
+// acc += sum over n < kGroup of values[n] * rows[n], for one row of input.
+template <int kBits>
+MOYU_INLINE void packed_axpy_one(const uint8_t* const* rows, int32_t group, const float* values,
+                                 int64_t d, const char* const* ahead, float* acc) {
+  constexpr int64_t kBytes = 8 * kBits;
+  const int64_t blocks = packed_blocks(d), per_block = kPackedBlock / group;
+  PackedCoefficients own;
+  for (int64_t first = 0; first < blocks; first += 8) {
+    coefficients(rows, kBits, group, values, 1, blocks, first, &own);
+    const int64_t n = std::min<int64_t>(8, blocks - first);
+    for (int64_t b = 0; b < n; ++b) {
+      const int64_t at = (first + b) * kBytes, begin = (first + b) * kPackedBlock;
+      if (ahead)
+        for (int k = 0; k < kGroup; ++k) prefetch(ahead[k] + at);
+      Sums low[4], high[4];
+#pragma GCC unroll 4
+      for (int t = 0; t < 4; ++t) low[t] = high[t] = sums_zero();
+      const int64_t g = b * per_block, g2 = g + per_block - 1;
+#pragma GCC unroll 4
+      for (int k = 0; k < kGroup / 2; ++k) {
+        const RowPair<kBits> pair(rows[2 * k] + at, rows[2 * k + 1] + at);
+        const Words one = pair_everywhere(own.pairs[k][g]), two = pair_everywhere(own.pairs[k][g2]);
+        Words even, odd;
+        pair.template codes<0>(&even, &odd);
+        low[0] = multiply_pairs(low[0], even, one);
+        high[0] = multiply_pairs(high[0], odd, one);
+        pair.template codes<1>(&even, &odd);
+        low[1] = multiply_pairs(low[1], even, one);
+        high[1] = multiply_pairs(high[1], odd, one);
+        pair.template codes<2>(&even, &odd);
+        low[2] = multiply_pairs(low[2], even, two);
+        high[2] = multiply_pairs(high[2], odd, two);
+        pair.template codes<3>(&even, &odd);
+        low[3] = multiply_pairs(low[3], even, two);
+        high[3] = multiply_pairs(high[3], odd, two);
+      }
+      float* to = acc + begin;
+      float last[kPackedBlock];
+      const int64_t left = d - begin;
+      if (left < kPackedBlock) {
+        std::fill(last, last + kPackedBlock, 0.0f);
+        std::copy(to, to + left, last);
+        to = last;
+      }
+#pragma GCC unroll 4
+      for (int t = 0; t < 4; ++t) {
+        Sums one, two;
+        in_order(low[t], high[t], &one, &two);
+        const int64_t own_group = t < 2 ? g : g2;
+        const Vec8 s = broadcast8(own.step[own_group]), m = broadcast8(own.offset[own_group]);
+        store8(to + 16 * t, fma8(to_vec8(one), s, add8(load8(to + 16 * t), m)));
+        store8(to + 16 * t + 8, fma8(to_vec8(two), s, add8(load8(to + 16 * t + 8), m)));
+      }
+      if (left < kPackedBlock) std::copy(last, last + left, acc + begin);
+    }
+  }
+}
+
 // acc[r] += sum over n < kGroup of values[n * count + r] * rows[n], for r < count; ahead: rows to
 // fetch, or null.
 MOYU_NOINLINE void packed_axpy(const uint8_t* const* rows, int32_t bits, int32_t group,
@@ -212,9 +307,13 @@ MOYU_NOINLINE void packed_axpy(const uint8_t* const* rows, int32_t bits, int32_t
                                const char* const* ahead, float* acc) {
   const int64_t blocks = packed_blocks(d), per_block = kPackedBlock / group;
   const int64_t bytes = packed_row_bytes(d, bits, group);
+  if (count == 1)
+    with_bits(bits, [&](auto b) MOYU_LAMBDA_INLINE {
+      packed_axpy_one<b.value>(rows, group, values, d, ahead, acc);
+    });
   PackedCoefficients factors[kMaxRows];
   PackedTile tile;
-  for (int64_t first = 0; first < blocks; first += 8) {
+  for (int64_t first = count == 1 ? blocks : 0; first < blocks; first += 8) {
     for (int64_t r = 0; r < count; ++r)
       coefficients(rows, bits, group, values + r, count, blocks, first, factors + r);
     const int64_t n = std::min<int64_t>(8, blocks - first);

@@ -33,6 +33,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Dense": ".methods",
+    "PackConfig": ".integrations.quantizer",
     "Experts": ".routers.experts",
     "OnlineRODA": ".methods",
     "QRIDA": ".methods",
@@ -70,6 +71,7 @@ __all__ = [
     "ExtensionError",
     "MoyuError",
     "OnlineRODA",
+    "PackConfig",
     "PatchStateError",
     "Router",
     "Shadows",

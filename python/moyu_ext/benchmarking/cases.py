@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import ops, reference
+from .. import ops
 from ..errors import ConfigurationError
 from ..shadow.reference import choose
 from ..shadow.reference import shadow_scores as plain_scores
@@ -89,13 +89,17 @@ class TorchDense(Case):
 
     def call(self, k: int) -> Tensor:
         """See `Case`."""
-        w = self.layers[k].weights
+        w = self.layers[k].plain
         return F.linear(w.activations(self.x)[1], self.downs[k], w.down_bias)
+
+    def verify(self, k: int, out: Tensor) -> float:
+        """See `Case`."""
+        return verify(str(self), out, self.x, self.layers[k].plain, self.active[k])
 
     @property
     def bytes(self) -> int:
         """See `Case`."""
-        return self._bytes("dense")
+        return self.layers[0].plain.nbytes
 
 
 class TorchDenseNeuronMajor(TorchDense):
@@ -106,7 +110,7 @@ class TorchDenseNeuronMajor(TorchDense):
     def prepare(self, generator: torch.Generator) -> None:
         """See `Case`."""
         self.all_active()
-        self.downs = [layer.weights.down_t.t() for layer in self.layers]
+        self.downs = [layer.plain.down_t.t() for layer in self.layers]
 
 
 class Given(Case):
@@ -159,11 +163,8 @@ class Gate(Case):
             self.active.append(score >= epsilon)
 
     def _score(self, layer: MlpLayer) -> tuple[Tensor, Tensor | None]:
-        w = layer.weights
-        gate, bias = (w.up, w.up_bias) if w.gate is None else (w.gate, w.gate_bias)
-        bias = None if bias is None else bias.float()
-        h = F.linear(self.x.float(), gate.float(), bias)
-        return reference.ACTIVATIONS[w.activation](h).abs(), None
+        wide = layer.weights.to_float32()
+        return wide.activations(self.x.float())[0].abs(), None
 
     def call(self, k: int) -> Tensor:
         """See `Case`."""
@@ -183,10 +184,8 @@ class Product(Gate):
     plan = "product"
 
     def _score(self, layer: MlpLayer) -> tuple[Tensor, Tensor | None]:
-        w = layer.weights
-        a = reference.activations(self.x, w.gate, w.up, w.gate_bias, w.up_bias, w.activation)
-        scale = reference.column_norms(w.down_t)
-        return a.abs() * scale, scale
+        scale = layer.weights.column_norms()
+        return layer.weights.norms(self.x), scale
 
 
 def _between(ordered: Tensor, place: int, reach: int = 16) -> float:

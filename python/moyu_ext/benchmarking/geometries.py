@@ -38,6 +38,7 @@ GEOMETRIES = {
         Geometry("llama-2-7b", 4096, 11008, 32, 32, 32, 32000),
         Geometry("llama-3-8b", 4096, 14336, 32, 32, 8, 128256),
         Geometry("llama-3.2-1b", 2048, 8192, 16, 32, 8, 128256, tied=True),
+        Geometry("tinyllama-1.1b", 2048, 5632, 22, 32, 4, 32000),
         Geometry(
             "opt-6.7b", 4096, 16384, 32, 32, 32, 50272,
             gated=False, activation="relu", biased=True, tied=True,

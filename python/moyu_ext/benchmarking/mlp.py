@@ -17,6 +17,7 @@ from torch import Tensor
 from ..errors import ConfigurationError
 from ..methods.base import check_count, check_density
 from ..models.families import DTYPES
+from ..packing.rows import Format
 from .cases import Case, TorchDense, find_plan, takes_density
 from .geometries import Geometry, geometry
 from .machine import MIB, Bandwidth, Machine, require_memory
@@ -55,6 +56,8 @@ def measure_mlp(
     densities: Sequence[float] = (1.0, 0.5, 0.33, 0.1),
     rows: Sequence[int] = (1,),
     *,
+    bits: int | None = None,
+    group: int | None = None,
     repeats: int = 40,
     layers: int | None = None,
     seed: int = 0,
@@ -70,21 +73,26 @@ def measure_mlp(
 
     plans: "given", "gate", "product"; "shadow-b" (b = 1..4 bits) for qRIDA's operator with the
     top k, "shadow-eps-b" with a threshold and "scores-b" for its shadow pass alone;
-    "dense-neuron-major" for torch's dense MLP on the layout that a patched model keeps. progress:
-    called with (rounds done, rounds in all).
+    "dense-neuron-major" for torch's dense MLP on the layout that a patched model keeps. bits,
+    group: let the operators read packed rows; the dense MLP stays plain. progress: called with
+    (rounds done, rounds in all).
 
     Raises ConfigurationError for unknown names, impossible numbers and too little memory,
     BenchmarkError for a wrong result.
     """
     size, wanted = check_request(size, dtype, plans, densities, rows, repeats, layers)
     machine = Machine.look()
+    fmt = None if bits is None else Format(bits, 64 if group is None else group)
     one = size.matrices * size.d * size.f * dtype.itemsize
-    count = layers or _layer_count(one, max(WORKING_SET, 4 * machine.cache_bytes), len(wanted))
+    read = one if fmt is None else size.matrices * size.f * fmt.row_bytes(size.d)
+    count = layers or _layer_count(read, max(WORKING_SET, 4 * machine.cache_bytes), len(wanted))
     # Beside the rotation: W_down twice, and what preparing and checking a case widens.
     extra = size.d * size.f * (count * dtype.itemsize + 12) + 4 * bandwidth_bytes
-    require_memory(count * one + extra, f"{count} MLPs of {size.name}")
+    require_memory(
+        count * (one + (0 if fmt is None else read)) + extra, f"{count} MLPs of {size.name}"
+    )
     filler = Filler(dtype, seed)
-    mlps = [mlp_layer(size, filler) for _ in range(count)]
+    mlps = [mlp_layer(size, filler, fmt) for _ in range(count)]
     bandwidth = Bandwidth(bandwidth_bytes)
     timings = []
     rounds = 0
@@ -105,7 +113,9 @@ def measure_mlp(
             make_row(
                 name="mlp",
                 device=machine.label,
-                dtype=str(dtype).removeprefix("torch."),
+                dtype=str(dtype if fmt is None or case.operator == "torch" else fmt).removeprefix(
+                    "torch."
+                ),
                 geometry=size.name,
                 method=case.operator,
                 plan=case.plan,

@@ -6,13 +6,16 @@ rows of any matrix are equal: a kernel that reads the wrong one gives the wrong 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..models.weights import MlpWeights
+from ..models.weights import MlpWeights, Packed
+from ..packing.rounding import pack_matrix
+from ..packing.rows import Format
 from ..shadow.build import build_shadow
 from ..shadow.pack import Shadow
 from .geometries import Geometry
@@ -54,9 +57,11 @@ class Filler:
 
 @dataclass(frozen=True)
 class MlpLayer:
-    """One MLP twice: as the operators take it (down_t [f, d]) and W_down as models store it."""
+    """One MLP as the operators take it (down_t [f, d], or packed rows), and as torch's dense MLP
+    does: plain, W_down as models store it."""
 
     weights: MlpWeights
+    plain: MlpWeights
     down: Tensor  # [d, f]
     shadows: dict[int, Shadow] = field(default_factory=dict)
 
@@ -68,8 +73,9 @@ class MlpLayer:
         return self.shadows[bits]
 
 
-def mlp_layer(geometry: Geometry, filler: Filler) -> MlpLayer:
-    """A random MLP: outputs of order 1 for inputs of order 1."""
+def mlp_layer(geometry: Geometry, filler: Filler, fmt: Format | None = None) -> MlpLayer:
+    """A random MLP: outputs of order 1 for inputs of order 1; the operators' in packed rows if
+    there is a format."""
     d, f = geometry.d, geometry.f
     inner, outer = d**-0.5, f**-0.5
     down = filler.draw(d, f, deviation=outer)
@@ -83,7 +89,15 @@ def mlp_layer(geometry: Geometry, filler: Filler) -> MlpLayer:
         down_bias=filler.draw(d, deviation=0.1) if biased else None,
         activation=geometry.activation,
     )
+    plain = weights
+    if fmt is not None:
+        rows: dict[str, Any] = {
+            name: pack_matrix(getattr(plain, name), fmt)
+            for name in ("gate", "up", "down_t")
+            if getattr(plain, name) is not None
+        }
+        weights = replace(plain, packed=Packed(d, plain.dtype), **rows)
     for weight in (weights.gate, weights.up, weights.down_t):
         if weight is not None:
             ops.use_huge_pages(weight)  # as in a patched model
-    return MlpLayer(weights, down)
+    return MlpLayer(weights, plain, down)

@@ -34,12 +34,20 @@ Geometry = Annotated[
     typer.Option(
         "--geometry",
         "-g",
-        help="llama-2-7b, llama-3-8b, llama-3.2-1b or opt-6.7b, with random weights.",
+        help="llama-2-7b, llama-3-8b, llama-3.2-1b, tinyllama-1.1b or opt-6.7b, with random "
+        "weights.",
     ),
 ]
 DType = Annotated[str, typer.Option("--dtype", help="bfloat16, float16 or float32.")]
 CsvFile = Annotated[
     Path | None, typer.Option("--csv", metavar="FILE", help="Append the rows to FILE.")
+]
+Bits = Annotated[
+    int | None,
+    typer.Option("--bits", help="Packed weights of 3, 4, 5, 6 or 8 bits (default: not packed)."),
+]
+Group = Annotated[
+    int | None, typer.Option("--group", help="Columns per scale of packed weights: 64 or 32.")
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Of weights and active sets.")]
 
@@ -85,6 +93,8 @@ def mlp(
             "eager, in a graph and compiled, and beside a Triton GEMV that masks inputs.",
         ),
     ] = "cpu",
+    bits: Bits = None,
+    group: Group = None,
     seed: Seed = 0,
     csv: CsvFile = None,
     json: common.Json = None,
@@ -101,6 +111,9 @@ def mlp(
     _check_files(csv, json)
     if device not in ("cpu", "cuda"):
         raise ConfigurationError(f"device is {device!r}; expected cpu or cuda")
+    if device == "cuda" and bits is not None:
+        raise ConfigurationError("packed weights (--bits) run on the CPU only; leave --device out")
+    packed: dict[str, Any] = {} if bits is None else {"bits": bits, "group": group}
     with steps("MLP") as step:
         step("building", 0, 1)
         result = (measure_mlp_cuda if device == "cuda" else measure_mlp)(
@@ -109,6 +122,7 @@ def mlp(
             plan,
             density,
             rows,
+            **packed,
             repeats=repeats,
             layers=layers,
             seed=seed,

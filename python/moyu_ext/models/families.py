@@ -172,6 +172,17 @@ def find_mlps(model: nn.Module) -> list[MlpSite]:
     return sites
 
 
+def down_projections(model: nn.Module) -> set[str]:
+    """Dotted names of the MLPs' down projections, by structure alone: no weight is looked at."""
+    return {
+        f"{site.name}.{site.family.down}"
+        for name, layers in model.named_modules()
+        if isinstance(layers, nn.ModuleList)
+        for i, layer in enumerate(layers)
+        if (site := _find_in_layer(f"{name}.{i}", i, layer)) is not None
+    }
+
+
 @contextmanager
 def record_inputs(
     model: nn.Module, sites: Sequence[MlpSite], callback: Callable[[int, Tensor], None]
@@ -199,8 +210,11 @@ def activation_name(function: Callable[[Tensor], Tensor]) -> str:
     clipped or approximate variants that are something else.
     """
     # Away from +-1e4 a clipped variant shows itself, and the four curves are far apart.
-    points = torch.cat([torch.linspace(-20, 20, 401), torch.tensor([-1e4, -100.0, 100.0, 1e4])])
-    with torch.no_grad():
+    # Also where a model is being built: on meta, or in another dtype.
+    exact: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
+    far = torch.tensor([-1e4, -100.0, 100.0, 1e4], **exact)
+    points = torch.cat([torch.linspace(-20, 20, 401, **exact), far])
+    with torch.no_grad(), torch.device("cpu"):
         values = function(points.clone())
         for name, candidate in ACTIVATIONS.items():
             if torch.allclose(values, candidate(points), rtol=1e-5, atol=1e-6):

@@ -14,12 +14,13 @@ from ..errors import ConfigurationError, PatchStateError, UnsupportedModelError
 from ..packing.layer import PackedLinear
 from ..packing.rounding import check_finite
 from ..packing.rows import Format
-from .families import DTYPES, find_mlps
+from .families import DTYPES, down_projections
 
 Model = TypeVar("Model", bound=nn.Module)
 # A head decides between words that are near each other: with fewer bits it costs more than the
 # layers do, and it is one matrix of many.
-HEAD_BITS = 6
+HEAD_BITS = 8
+QUANT_METHOD = "moyu"  # in a configuration
 
 
 def is_packed(model: nn.Module) -> bool:
@@ -41,7 +42,7 @@ def pack(
     This loses something: at 8 bits hardly any, at 4 what 4-bit files lose (docs/findings.md).
     bits: 3, 4, 5, 6 or 8, or a mapping from patterns of module names ("*.mlp.down_proj") to bits,
     of which the first that fits counts; layers that fit none stay as they are. With one number of
-    bits the head has at least 6. group: columns per scale, 64 by default, or 32 (half a bit more a
+    bits the head has 8. group: columns per scale, 64 by default, or 32 (half a bit more a
     weight). Embeddings stay; a head that shares their weights gets packed ones of its own, and the
     model's configuration says so. Each layer is freed once it is packed, so memory peaks one layer
     above the model's. progress: a bar where stderr is a terminal.
@@ -52,8 +53,11 @@ def pack(
     patched, packed or in training mode. After an error the model is as it was; an interrupt leaves
     it packed in part.
     """
+    _check_state(model)
     formats = plan(model, bits, group)
-    transposed = _down_projections(model)
+    for name in formats:
+        _check_layer(name, model.get_submodule(name))
+    transposed = down_projections(model)
     tied = tied_heads(model)
     with steps("packing", progress) as step:
         for done, (name, fmt) in enumerate(formats.items()):
@@ -61,17 +65,20 @@ def pack(
             layer: Any = model.get_submodule(name)
             replace(model, name, PackedLinear.of(layer, fmt, transposed=name in transposed))
     untie(model, [name for name in tied if name in formats])
+    config: Any = getattr(model, "config", None)
+    if config is not None:
+        config.quantization_config = describe(formats)
     return model
 
 
 def plan(
     model: nn.Module, bits: int | Mapping[str, int], group: int | None = None
 ) -> dict[str, Format]:
-    """The format that `pack` gives each layer, by dotted name; raises as `pack` does."""
-    _check_state(model)
-    layers = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
-    }
+    """The format that `pack` gives each layer, by dotted name.
+
+    Raises ConfigurationError and UnsupportedModelError as `pack` does.
+    """
+    layers = find_layers(model)
     if not layers:
         raise UnsupportedModelError(
             f"pack: {type(model).__name__} has no torch.nn.Linear (quantised or adapted layers "
@@ -95,9 +102,18 @@ def plan(
         head = Format(max(Format(bits, group).bits, HEAD_BITS), group)
         heads = _heads(model)
         formats = {name: head if name in heads else Format(bits, group) for name in layers}
-    for name in formats:
-        _check_layer(name, layers[name])
     return formats
+
+
+def find_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers by dotted name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+
+
+def describe(formats: dict[str, Format]) -> dict[str, Any]:
+    """What a packed model's configuration says, so that its files load again."""
+    layers = {name: [fmt.bits, fmt.group] for name, fmt in formats.items()}
+    return {"quant_method": QUANT_METHOD, "layers": layers}
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -107,12 +123,13 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def tied_heads(model: nn.Module) -> list[str]:
-    """Names of linear layers whose weight is that of an embedding."""
+    """Names of linear layers whose weight is that of an embedding, or will be once it is loaded."""
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    keys: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
     return [
         name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and id(module.weight) in tables
+        for name, layer in find_layers(model).items()
+        if id(layer.weight) in tables or f"{name}.weight" in keys
     ]
 
 
@@ -122,6 +139,10 @@ def untie(model: nn.Module, heads: list[str]) -> None:
     if heads and config is not None:
         for part in (config, config.get_text_config()):
             part.tie_word_embeddings = False
+        # Else transformers ties them again, when it loads or resizes something.
+        keys: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+        for name in heads:
+            keys.pop(f"{name}.weight", None)
 
 
 def _check_state(model: nn.Module) -> None:
@@ -139,7 +160,7 @@ def _check_state(model: nn.Module) -> None:
         )
 
 
-def _check_layer(name: str, layer: nn.Linear) -> None:
+def _check_layer(name: str, layer: Any) -> None:
     weight = layer.weight
     if type(layer) is not nn.Linear or type(weight) not in (nn.Parameter, Tensor):
         raise UnsupportedModelError(
@@ -162,14 +183,6 @@ def _check_layer(name: str, layer: nn.Linear) -> None:
             "there (model.cpu())"
         )
     check_finite(name, weight.detach())
-
-
-def _down_projections(model: nn.Module) -> set[str]:
-    """Names of the MLPs' down projections, where the model is one that `patch` knows."""
-    try:
-        return {f"{site.name}.{site.family.down}" for site in find_mlps(model)}
-    except UnsupportedModelError:
-        return set()
 
 
 def _heads(model: nn.Module) -> list[str]:

@@ -55,6 +55,9 @@ class Format:
                 f"group is {self.group!r}; a scale of packed weights serves 32 or 64 columns"
             )
 
+    def __str__(self) -> str:
+        return f"{self.bits} bits in {self.group}"
+
     @property
     def bits_a_weight(self) -> float:
         """Scales and offsets included."""
@@ -151,6 +154,7 @@ def linear(x: Tensor, rows: Tensor, bias: Tensor | None = None) -> Tensor:
     Up to ops.MAX_ROWS rows of x by the operator, more by matmuls with blocks of unpacked rows.
     """
     d, n = x.shape[-1], rows.shape[0]
+    bias = None if bias is None else bias.to(x.dtype)
     if 0 < x.numel() <= ops.MAX_ROWS * d:
         return ops.gather_gemv(x.contiguous(), rows, None, None, bias).to(x.dtype)
     out = x.new_empty(*x.shape[:-1], n)
