@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +17,14 @@ from torch import Tensor, nn
 
 from ..methods.base import Method, check_count
 from ..models.cache import cache_of, passing
-from ..models.families import MlpSite, find_mlps
+from ..models.families import MlpSite, down_projections, find_mlps
+from ..models.packed import plan
+from ..packing.layer import PackedLinear
 from ..patching.patch import patch, report, unpatch
 from .at_density import MakeMethod
 from .check import verify, verify_linear
 from .geometries import Geometry, geometry
+from .llama_cpp import TYPES, LlamaBench
 from .machine import MIB, Bandwidth, Machine, MemoryWatch
 from .probes import Seen, mlp_clock, products, recorded
 from .random_model import random_model, weight_bytes
@@ -40,13 +46,14 @@ class Side:
     `clocked` of those steps. added_bytes: what the method reads beside the weights. prefill_error,
     error: relative errors of the MLPs' outputs. Of the call of `patch`: the greatest extra memory
     and what stays, in bytes (None where unknown), and seconds. projections: whether `patch` was
-    told so too.
+    told so too. packed: whether the weights are packed rows.
     """
 
     name: str
     plan: str
     method: Method | None
     projections: bool = False
+    packed: bool = False
     density: float = 1.0
     added_bytes: int = 0
     prefill_error: float = float("nan")
@@ -64,6 +71,7 @@ class Side:
     def label(self) -> str:
         """The method's name, with what else tells it from other sides."""
         name = f"{self.name} {self.plan}" if self.plan in ("gate", "product") else self.name
+        name = f"packed {name}" if self.packed else name
         return name + PROJECTIONS * self.projections
 
     @property
@@ -74,8 +82,9 @@ class Side:
 
 @dataclass(frozen=True)
 class DecodeResult:
-    """rows per side: a decode step, its MLPs alone, the prompt; sides: the unpatched model first;
-    GB/s by reader; bytes of the model and of one W_down; seconds to build the model; warnings."""
+    """rows per side: a decode step, its MLPs alone, the prompt, and in the end llama.cpp's, one per
+    type of weights; sides: the unpatched model first; GB/s by reader; bytes of the model and of one
+    W_down; seconds to build the model; warnings."""
 
     rows: list[Row]
     machine: Machine
@@ -119,6 +128,9 @@ def measure_decode(
     dtype: torch.dtype = torch.bfloat16,
     *,
     projections: bool = False,
+    bits: int | Mapping[str, int] | None = None,
+    group: int | None = None,
+    llama_bench: Path | None = None,
     layers: int | None = None,
     prompt_tokens: int = 512,
     new_tokens: int = 12,
@@ -134,7 +146,10 @@ def measure_decode(
     greedy. In the first round every MLP's outputs, in the prompt and in a decode step, are checked
     against `reference` in float64 on the set in force, and so are the linear layers beside them.
     methods: or what makes one from the model (see `method_at`). projections: measure each method
-    also with `patch(..., projections=True)`. progress(done, total, what) is called before each run.
+    also with `patch(..., projections=True)`. bits, group: measure the methods on a packed copy of
+    the model (`moyu_ext.pack`), and that copy unpatched. llama_bench: llama.cpp's program, which
+    decodes as many tokens in each round, from files of the same geometry in BF16, Q8_0 and Q4_0.
+    progress(done, total, what) is called before each run.
 
     Raises ConfigurationError for bad numbers or too little memory, BenchmarkError for a wrong
     result.
@@ -151,35 +166,62 @@ def measure_decode(
     built = time.perf_counter() - start
     made = [m if isinstance(m, Method) else m(model) for m in methods]
     sides = [Side("unpatched", "dense", None)]
+    if bits is not None:
+        sides.append(Side("unpatched", "dense", None, packed=True))
     for more in (False, True)[: 1 + projections]:
-        sides += [Side(m.name, m.plan, m, more) for m in made]
+        sides += [Side(m.name, m.plan, m, more, bits is not None) for m in made]
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, size.vocabulary, (1, prompt_tokens), generator=generator)
     bandwidth = Bandwidth(bandwidth_bytes)
-    runner = _Runner(model, find_mlps(model), ids, new_tokens)
-    with torch.inference_mode():
+    runners = {False: _Runner(model, find_mlps(model), ids, new_tokens)}
+    if bits is not None:
+        packed = packed_copy(model, bits, group)
+        runners[True] = _Runner(packed, find_mlps(packed), ids, new_tokens)
+    with torch.inference_mode(), _llama(llama_bench, size, layers) as llama:
         model(input_ids=ids[:, :8], use_cache=False)  # torch's own set-up at a first call
+        kinds = [] if llama is None else list(TYPES)
+        total = rounds * (len(sides) + len(kinds))
+        done = 0
         for r in range(rounds):
-            for i, side in enumerate(sides):
+            for side in sides:
                 if progress is not None:
-                    progress(r * len(sides) + i, rounds * len(sides), side.label)
-                with _patched(model, side):
+                    progress(done, total, side.label)
+                runner = runners[side.packed]
+                with _patched(runner.model, side):
                     for _ in range(_SAMPLES):
                         bandwidth.sample()
                     runner.run(side)
                     if r == 0:
                         runner.check(side)
-    rows = []
+                done += 1
+            for kind in kinds:
+                if progress is not None:
+                    progress(done, total, f"llama.cpp {kind}")
+                llama.run(kind, new_tokens)  # type: ignore[union-attr]
+                done += 1
+    # The memory is as fast as the fastest stream of the run, whoever's it was.
+    gbps = bandwidth.gbps
     for side in sides:
-        common: dict[str, Any] = {
-            "device": machine.label,
-            "dtype": str(dtype).removeprefix("torch."),
-            "geometry": size.name + (f" {layers} layers" if layers else ""),
+        read = runners[side.packed].bytes(side.plan, side.density) + side.added_bytes
+        gbps = max(gbps, read / quantile(side.step, 0.5) / 1e3)
+    for kind in kinds:
+        gbps = max(gbps, llama.bytes(kind) / quantile(llama.times[kind], 0.5) / 1e3)  # type: ignore[union-attr]
+    rows = []
+    plain = str(dtype).removeprefix("torch.")
+    shared: dict[str, Any] = {
+        "device": machine.label,
+        "geometry": size.name + (f" {layers} layers" if layers else ""),
+        "bandwidth_gbps": gbps,
+        "dense_impl": DENSE_IMPL,
+    }
+    for side in sides:
+        runner = runners[side.packed]
+        common = {
+            **shared,
+            "dtype": _format_name(bits, group) if side.packed else plain,
             "method": side.name + PROJECTIONS * side.projections,
-            "bandwidth_gbps": bandwidth.gbps,
-            "dense_impl": DENSE_IMPL,
         }
-        for name, times, dense, read in (
+        for name, times, dense, read_by in (
             (ROWS[0], side.step, sides[0].step, runner.bytes),
             (ROWS[1], side.mlp, sides[0].mlp, runner.mlp_bytes),
         ):
@@ -192,7 +234,7 @@ def measure_decode(
                     density=side.density,
                     microseconds=times,
                     dense_microseconds=dense,
-                    bytes=read(side.plan, side.density) + side.added_bytes,
+                    bytes=read_by(side.plan, side.density) + side.added_bytes,
                     max_rel_err=side.error,
                 )
             )
@@ -209,6 +251,23 @@ def measure_decode(
                 max_rel_err=side.prefill_error,
             )
         )
+    for kind in kinds:
+        assert llama is not None
+        rows.append(
+            make_row(
+                **shared,
+                dtype=kind,
+                method="llama.cpp",
+                name=ROWS[0],
+                plan="dense",
+                rows=1,
+                density=1.0,
+                microseconds=llama.times[kind],
+                dense_microseconds=sides[0].step,
+                bytes=llama.bytes(kind),
+                max_rel_err=float("nan"),
+            )
+        )
     return DecodeResult(
         rows,
         machine,
@@ -219,6 +278,35 @@ def measure_decode(
         built,
         machine.warnings(),
     )
+
+
+def packed_copy(
+    model: nn.Module, bits: int | Mapping[str, int], group: int | None = None
+) -> nn.Module:
+    """A copy whose linear layers are packed; everything else is shared with the model."""
+    formats, transposed = plan(model, bits, group), down_projections(model)
+    memo: dict[int, Any] = {id(m): m for m in model.modules() if isinstance(m, nn.Embedding)}
+    for name, fmt in formats.items():
+        layer: Any = model.get_submodule(name)
+        memo[id(layer)] = PackedLinear.of(layer, fmt, transposed=name in transposed)
+    return copy.deepcopy(model, memo)
+
+
+def _format_name(bits: int | Mapping[str, int] | None, group: int | None) -> str:
+    name = str(bits) if not isinstance(bits, Mapping) else ", ".join(map(str, bits.values()))
+    return f"{name} bits in {64 if group is None else group}"
+
+
+@contextmanager
+def _llama(program: Path | None, size: Geometry, layers: int | None) -> Iterator[LlamaBench | None]:
+    """llama.cpp with its files, which take as much of the disk as the model."""
+    if program is None:
+        yield None
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        bench = LlamaBench(program, Path(folder), size, layers or size.layers or 1)
+        bench.prepare()
+        yield bench
 
 
 @contextmanager

@@ -165,6 +165,17 @@ def decode(
     dtype: DType = "bfloat16",
     prompt_tokens: Annotated[int, typer.Option("--prompt", help="Tokens of the prompt.")] = 512,
     new_tokens: Annotated[int, typer.Option("--new", help="Timed tokens per round.")] = 12,
+    bits: Bits = None,
+    group: Group = None,
+    llama_bench: Annotated[
+        str | None,
+        typer.Option(
+            "--llama-bench",
+            metavar="PROGRAM",
+            help="llama.cpp's llama-bench, to run beside; found on PATH with --llama-bench auto. "
+            "It gets files of the same geometry in BF16, Q8_0 and Q4_0 (needs pip install gguf).",
+        ),
+    ] = None,
     rounds: Annotated[
         int, typer.Option("--rounds", help="Turns of unpatched and patched, one after the other.")
     ] = 3,
@@ -185,8 +196,14 @@ def decode(
     """
     from ..benchmarking import measure_decode, method_at
     from ..benchmarking.decode import ROWS
+    from ..benchmarking.llama_cpp import find_llama_bench
 
     _check_files(csv, json)
+    program = None
+    if llama_bench is not None:
+        program = find_llama_bench(None if llama_bench == "auto" else llama_bench)
+        if program is None:
+            raise ConfigurationError("--llama-bench auto: no llama-bench on PATH; name the program")
     methods = [
         method_at(name, value, prompt_tokens)
         for name in method
@@ -199,6 +216,9 @@ def decode(
             methods,
             _dtype(dtype),
             projections=projections,
+            bits=bits,
+            group=group,
+            llama_bench=program,
             layers=layers,
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
@@ -208,6 +228,7 @@ def decode(
         )
     _print_machine(result.machine, result.bandwidth_by_reader, result.warnings)
     labels = [f"{name} {side.label}" for side in result.sides for name in ROWS]
+    labels += [f"decode llama.cpp {row.dtype}" for row in result.rows[len(labels) :]]
     _print_rows(f"{geometry}, {dtype}, built in {result.build_seconds:.0f} s", labels, result.rows)
     _print_sides(result.sides, result.model_bytes, result.down_bytes)
     _save(csv, json, "bench decode", result)
