@@ -25,7 +25,7 @@ from moyu_ext import embedded
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = "Once upon a time, there was a small dog who"
-COMMANDS = ("demo", "generate", "calibrate", "bench mlp", "bench decode", "env")
+COMMANDS = ("demo", "generate", "pack", "calibrate", "bench mlp", "bench decode", "env")
 
 
 def moyu(*arguments: Any) -> Any:

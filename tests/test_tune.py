@@ -259,7 +259,7 @@ def test_command_line(tiny: Make, tmp_path: Path) -> None:
 
     out = tmp_path / "tuned"
     arguments = ["tune", "stories_silu", "--out", str(out), "--max-perplexity-increase", "5%"]
-    arguments += ["--max-tokens", "2048", "--json", str(tmp_path / "t.json"), "--bits", "2"]
+    arguments += ["--max-tokens", "2048", "--json", str(tmp_path / "t.json"), "--router-bits", "2"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert (out / "frontier.png").stat().st_size > 5000

@@ -18,8 +18,8 @@ from ..errors import MoyuError
 # In the order of `moyu --help`. Each is a module here with a function of its name, or with an `app`
 # where it has subcommands.
 _COMMANDS = (
-    "demo", "generate", "calibrate", "tune", "train_router", "split_experts", "eval", "bench",
-    "study", "env",
+    "demo", "generate", "pack", "calibrate", "tune", "train_router", "split_experts", "eval",
+    "bench", "study", "env",
 )  # fmt: skip
 
 
@@ -65,12 +65,13 @@ def _moyu(
     Start with
         moyu demo                                   everything at once on a small model
         moyu generate stories_silu -p "One day"     stream text from a patched model
+        moyu pack MODEL --bits 4 --out DIR          a packed copy: less memory, faster tokens
         moyu calibrate MODEL --out DIR              thresholds for your own model
         moyu tune MODEL --out DIR                   thresholds for a budget of perplexity
         moyu COMMAND --help                         options and examples
 
-    MODEL is a Hugging Face directory, a hub id, or a model that ships with moyu_ext: stories_silu
-    or stories_relu.
+    MODEL is a Hugging Face directory, a hub id, a .gguf file, or a model that ships with moyu_ext:
+    stories_silu or stories_relu.
     """
 
 

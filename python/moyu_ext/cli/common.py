@@ -17,7 +17,7 @@ import typer
 
 from .. import embedded
 from .._files import check_writable, write_atomically
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, MoyuError
 
 if TYPE_CHECKING:
     from ..methods import Method
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 Model = Annotated[
     str,
     typer.Argument(
-        help="A Hugging Face directory, a hub id, or a model that ships with moyu_ext "
-        "(stories_silu, stories_relu).",
+        help="A Hugging Face directory, a hub id, a .gguf file, or a model that ships with "
+        "moyu_ext (stories_silu, stories_relu).",
         show_default=False,
     ),
 ]
@@ -37,6 +37,13 @@ Json = Annotated[
 Dtype = Annotated[
     str,
     typer.Option(help="float32, float16 or bfloat16; auto takes the checkpoint's."),
+]
+Bits = Annotated[
+    int | None,
+    typer.Option(help="Pack the weights to 3, 4, 5, 6 or 8 bits while loading (default: do not)."),
+]
+Group = Annotated[
+    int | None, typer.Option(help="Columns per scale of packed weights: 64 (default) or 32.")
 ]
 Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, ...")]
 
@@ -114,14 +121,29 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> tuple[Any, Any]:
-    """The model, in eval mode, and its tokenizer.
+def load_model(
+    name: str,
+    dtype: str = "auto",
+    device: str = "cpu",
+    bits: int | None = None,
+    group: int | None = None,
+) -> tuple[Any, Any]:
+    """The model, in eval mode, and its tokenizer; packed where there are `bits`.
 
     Raises ConfigurationError with the way out where MODEL is nothing that can be loaded.
     """
     if dtype not in _DTYPES:
         raise ConfigurationError(f"--dtype is {dtype!r}; expected one of {', '.join(_DTYPES)}")
+    if bits is not None:
+        from ..packing.rows import Format
+
+        Format(bits, 64 if group is None else group)
+    elif group is not None:
+        raise ConfigurationError(f"--group is {group}, which goes with --bits; give both")
     source = _source(name)
+    packed = bits is not None or str(source).endswith(".gguf")
+    if packed and device != "cpu":
+        raise ConfigurationError(f"packed weights run on the CPU; leave --device {device} out")
     import torch
     import transformers
 
@@ -133,12 +155,16 @@ def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> tuple[Any
         typer.echo(f"{name} is not a directory here; asking the Hugging Face hub", err=True)
     # Its reasons come with the exception; the warnings of each retry only bury them.
     _quiet_hub()
+    from ..integrations.load import load
+
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        exact = dtype if dtype == "auto" else getattr(torch, dtype)
+        model, tokenizer = load(source, bits=bits, group=group, dtype=exact)
+    except MoyuError:
+        raise
     except Exception as error:  # transformers, safetensors, tokenizers: each has its own family
         raise ConfigurationError(_why_not(name, local, error)) from error
-    return model.eval().to(torch.device(device)), tokenizer
+    return model.to(torch.device(device)), tokenizer
 
 
 def _source(name: str) -> str | Path:
@@ -146,6 +172,8 @@ def _source(name: str) -> str | Path:
     if name in embedded.names():
         return embedded.path(name)
     path = Path(name).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return path
     ships = f"moyu_ext ships {' and '.join(embedded.names())}"
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -238,14 +266,18 @@ def build_method(name: str | None, **options: Any) -> Method:
     if "shadows" in fields and "thresholds" in given and given["thresholds"].shadows:
         given["shadows"] = _shadows(directory)
     for option in sorted(given.keys() - fields.keys()):
-        takes = ", ".join(f"--{field}" for field in fields if field in options)
+        takes = ", ".join(f"--{_option(field)}" for field in fields if field in options)
         raise ConfigurationError(
-            f"--{option} does not go with {name}, which takes {takes or 'no options'}"
+            f"--{_option(option)} does not go with {name}, which takes {takes or 'no options'}"
         )
     for field in fields.values():
         if field.default is dataclasses.MISSING and field.name not in given:
             raise ConfigurationError(_missing(name, field.name))
     return kind(**given)
+
+
+def _option(field: str) -> str:
+    return "router-bits" if field == "bits" else field  # --bits are those of packed weights
 
 
 def _shadows(directory: Path) -> Any:

@@ -94,6 +94,8 @@ def eval(
         int | None, typer.Option(min=1, help="Documents of each task and set, for a quick look.")
     ] = None,
     seed: Annotated[int, typer.Option(help="For calibration, training and intervals.")] = 0,
+    bits: common.Bits = None,
+    group: common.Group = None,
     dtype: common.Dtype = "auto",
     device: common.Device = "cpu",
     json: common.Json = None,
@@ -133,7 +135,7 @@ def eval(
     # Said now, rather than after the work.
     check_tasks(_names(tasks), corpus.data)
     items = _items(corpus, _names(summaries), limit)
-    lm, tokenizer = common.load_model(model, dtype, device)
+    lm, tokenizer = common.load_model(model, dtype, device, bits, group)
     shop = Workshop(lm, tokenizer, corpus.documents(train=True), seed=seed, log=_log)
     shop.densities = tuple(dict.fromkeys(density or ()))
     shop.targets = tuple(dict.fromkeys(cett or ()))

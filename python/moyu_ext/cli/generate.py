@@ -70,7 +70,7 @@ def generate(
         Path | None,
         typer.Option(metavar="DIR", help="What `moyu split-experts` wrote; for rida."),
     ] = None,
-    bits: Annotated[
+    router_bits: Annotated[
         int | None, typer.Option(help="For qrida: bits of its copies of gate and up, 1 to 4.")
     ] = None,
     guard: Annotated[
@@ -97,6 +97,8 @@ def generate(
     compare: Annotated[
         bool, typer.Option(help="Also run the dense model: its speed, and the agreement.")
     ] = True,
+    bits: common.Bits = None,
+    group: common.Group = None,
     dtype: common.Dtype = "auto",
     device: common.Device = "cpu",
     json: common.Json = None,
@@ -112,7 +114,8 @@ def generate(
         moyu generate stories_silu -p "One day" --method srida --density 0.3
         moyu calibrate stories_silu --out thresholds
         moyu generate stories_silu -p "One day" --thresholds thresholds
-        moyu generate ./Llama-2-7b-hf -p "The capital of France is" --dtype bfloat16 --projections
+        moyu generate ./Llama-2-7b-hf -p "The capital of France is" --bits 8 --method dense
+        moyu generate model.gguf -p "The capital of France is" --method dense
     """
     common.check_json(json)
     if temperature <= 0:
@@ -125,10 +128,10 @@ def generate(
         score=score,
         router=router,
         experts=experts,
-        bits=bits,
+        bits=router_bits,
         guard=guard,
     )
-    lm, tokenizer = common.load_model(model, dtype, device)
+    lm, tokenizer = common.load_model(model, dtype, device, bits, group)
     encoded = tokenizer(prompt, return_tensors="pt").to(lm.device)
     if encoded["input_ids"].shape[-1] == 0:
         raise ConfigurationError("--prompt is empty; give at least one word to continue")

@@ -41,7 +41,7 @@ def tune(
     score: Annotated[
         str, typer.Option(help="What tda compares: product (neuron norm) or gate.")
     ] = "product",
-    bits: Annotated[
+    router_bits: Annotated[
         str | None,
         typer.Option(
             help="Shadows that qrida may choose from, per layer: 1..4 or gate/up, such as "
@@ -61,6 +61,8 @@ def tune(
         ),
     ] = 0,
     seed: Annotated[int, typer.Option(help="For the text that the model writes.")] = 0,
+    bits: common.Bits = None,
+    group: common.Group = None,
     dtype: common.Dtype = "auto",
     device: common.Device = "cpu",
     json: common.Json = None,
@@ -79,15 +81,15 @@ def tune(
     """
     common.check_json(json)
     limit = percent(max_perplexity_increase)
-    pairs = None if bits is None else bit_pairs(bits)
+    pairs = None if router_bits is None else bit_pairs(router_bits)
     if score not in ("product", "gate"):
         raise ConfigurationError(f"--score is {score!r}; expected product or gate")
     if score == "gate" and method != "tda":
         raise ConfigurationError(f"--score gate goes with --method tda, not with {method}")
-    if bits is not None and method != "qrida":
-        raise ConfigurationError(f"--bits goes with --method qrida, not with {method}")
+    if router_bits is not None and method != "qrida":
+        raise ConfigurationError(f"--router-bits goes with --method qrida, not with {method}")
     common.make_directory(out, "thresholds")
-    lm, tokenizer = common.load_model(model, dtype, device)
+    lm, tokenizer = common.load_model(model, dtype, device, bits, group)
     from ..calibration.tune import BITS
     from ..calibration.tune import tune as run
     from ..methods import TDA
@@ -141,10 +143,13 @@ def bit_pairs(text: str) -> list[tuple[int, int]]:
             values = [int(number) for number in part.split("/")]
         except ValueError as error:
             raise ConfigurationError(
-                f"--bits is {text!r}; expected numbers from 1 to 4 or pairs gate/up, such as 2,2/1"
+                f"--router-bits is {text!r}; expected numbers from 1 to 4 or pairs gate/up, such "
+                "as 2,2/1"
             ) from error
         if len(values) > 2:
-            raise ConfigurationError(f"--bits has {part!r}; expected a number or a pair gate/up")
+            raise ConfigurationError(
+                f"--router-bits has {part!r}; expected a number or a pair gate/up"
+            )
         for value in values:
             check_bits(value)
         pairs.append((values[0], values[-1]))

@@ -93,7 +93,7 @@ def load_gguf(
                 if rows is not None:
                     _put(model, layer, layers[layer], rows, layer in down, dtype)
                     continue
-            value = torch.from_numpy(library.quants.dequantize(tensor.data, tensor.tensor_type))
+            value = torch.tensor(library.quants.dequantize(tensor.data, tensor.tensor_type))
             value = value if order is None else value[order]
             if "norm" in layer.rpartition(".")[2] and _ARCHITECTURES[architecture].get("shifted"):
                 value = value - 1
