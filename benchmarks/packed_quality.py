@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy
 import torch
+from moyu_ext.models.cache import passing
 from moyu_ext.packing.layer import PackedLinear
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
@@ -45,9 +46,9 @@ def logits(model, ids: torch.Tensor) -> Iterator[torch.Tensor]:
     """Of each window's scored tokens, float32 [SCORED, vocabulary]."""
     for row in ids:
         cache = DynamicCache(config=model.config)
-        model(input_ids=row[None, : CONTEXT - 1], past_key_values=cache, logits_to_keep=1)
+        model(input_ids=row[None, : CONTEXT - 1], logits_to_keep=1, **passing(model, cache))
         parts = [
-            model(input_ids=row[None, at : at + STEP], past_key_values=cache).logits[0].float()
+            model(input_ids=row[None, at : at + STEP], **passing(model, cache)).logits[0].float()
             for at in range(CONTEXT - 1, CONTEXT + SCORED - 1, STEP)
         ]
         yield torch.cat(parts)[:SCORED]
@@ -85,7 +86,6 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 6, 5, 4, 3])
     parser.add_argument("--group", type=int, nargs="+", default=[64, 32])
-    parser.add_argument("--fit", type=Path, help="fit the rounding to this text")
     parser.add_argument("--windows", type=int, default=12)
     parser.add_argument("--csv", type=Path, help="append the rows to this file")
     args = parser.parse_args()
@@ -102,17 +102,14 @@ def main() -> None:
         writer.writerow(COLUMNS)
     for bits in args.bits:
         for group in args.group:
-            extra = {}
-            if args.fit is not None:
-                extra = {"tokenizer": tokenizer, "texts": [args.fit.read_text()]}
-            model = moyu_ext.pack(load(), bits, group, **extra)
+            model = moyu_ext.pack(load(), bits, group)
             scores = numpy.array(compare(dense, model, ids))
             draws = numpy.random.default_rng(0).integers(0, len(scores), (2000, len(scores)))
             low, high = numpy.quantile(scores[draws, 0].mean(1), [0.025, 0.975])
             kl, agreement, before, after = scores.mean(0)
             row = (
                 *(args.model.name, args.text.name, bits, group),
-                *("nearest" if args.fit is None else "fitted", f"{bits_a_weight(model):.3f}"),
+                *("nearest", f"{bits_a_weight(model):.3f}"),
                 *(len(ids), len(ids) * SCORED, f"{kl:.6f}", f"{low:.6f}", f"{high:.6f}"),
                 *(f"{agreement:.4f}", f"{numpy.exp(before - after) - 1:.4f}"),
             )
