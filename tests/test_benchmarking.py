@@ -309,6 +309,7 @@ def test_named_geometries_are_those_of_their_models(name: str) -> None:
         "llama-2-7b": 6_738_415_616,
         "llama-3-8b": 8_030_261_248,
         "llama-3.2-1b": 1_235_814_400,
+        "tinyllama-1.1b": 1_100_048_384,
         "opt-6.7b": 6_658_473_984,
     }
     g = GEOMETRIES[name]

@@ -115,6 +115,13 @@ def test_bits_by_name(tiny, prompt):
     greedy(model, prompt(9))
 
 
+def test_projections_of_a_packed_model_are_packed_already(tiny, prompt):
+    model = moyu_ext.pack(tiny(), 8)
+    moyu_ext.patch(model, moyu_ext.Dense(), projections=True)
+    assert moyu_ext.report(model).projections == 0
+    greedy(model, prompt(9))
+
+
 def test_memory_is_that_of_the_rows(tiny):
     model = tiny(hidden_size=256, intermediate_size=512)
     before = sum(p.nbytes for m in model.model.layers.modules() for p in m.parameters(False))

@@ -35,6 +35,11 @@ def isa(request):
     _load._C.set_isa(before)
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 def make(d, f, fmt, dtype=torch.float32, gated=True, bias=False, seed=0):
     """Packed weights, and the plain float64 ones that they stand for."""
     g = torch.Generator().manual_seed(seed)
@@ -68,6 +73,29 @@ def assert_close(got, exact, dtype=torch.float32, stages=1):
     there is the rounding to dtype, and float32 sums."""
     off = float((got.double() - exact).norm() / exact.norm().clamp_min(1e-30))
     assert off <= stages * 2**-13 + torch.finfo(dtype).eps + 1e-6, off
+
+
+def assert_dots(got, x, weight, bias=0.0):
+    """x W^T + bias where x is rounded to 2^15 steps of the largest of each 64, at the worst."""
+    n, d = x.shape
+    blocks = torch.nn.functional.pad(x.double(), (0, -d % 64)).view(n, -1, 64)
+    half_step = (blocks.abs().amax(-1) / 32767 / 2).repeat_interleave(64, 1)[:, :d]
+    exact = x.double() @ weight.t() + bias
+    floor = 1e-6 * (x.double().abs() @ weight.abs().t() + abs(bias))
+    assert bool(((got.double() - exact).abs() <= half_step @ weight.abs().t() + floor).all())
+
+
+def assert_sums(got, values, packed, weight, group, bias=0.0):
+    """values W + bias where the products of values and scales are rounded to 2^15 steps of the
+    largest of 8 rows, at the worst of all rows."""
+    codes = unpack_codes(packed, weight.shape[1])
+    products = values.abs().unsqueeze(-1) * codes.scales.float().abs()
+    half_step = (products.amax(1).double() / 32767 / 2).repeat_interleave(group, 1)
+    allowed = (half_step * codes.codes.double().sum(0))[:, : weight.shape[1]]
+    reach = codes.offsets.float().abs().repeat_interleave(group, 1)[:, : weight.shape[1]]
+    floor = 1e-6 * (values.double().abs() @ (weight.abs() + 2 * reach.double()) + abs(bias))
+    exact = values.double() @ weight + bias
+    assert bool(((got.double() - exact).abs() <= allowed + floor).all())
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
@@ -128,18 +156,18 @@ def test_products_equal_the_dequantised(isa, fmt, rows):
         weights, exact = make(d, f, fmt, bias=True, seed=number)
         x = torch.randn(rows, d)
         everything = ops.gather_gemv(x, weights.up, None, None, weights.up_bias)
-        assert_close(everything, x.double() @ exact.up.t() + exact.up_bias)
+        assert_dots(everything, x, exact.up, exact.up_bias)
         indices, count = some(f, 3, number)
         used = indices[: int(count)].long()
         got = ops.gather_gemv(x, weights.up, indices, count, None)
         assert torch.equal(got[:, len(used) :], torch.zeros(rows, f - len(used)))
-        assert_close(got[:, : len(used)], x.double() @ exact.up[used].t())
+        assert_dots(got[:, : len(used)], x, exact.up[used])
         values = torch.randn(rows, f)
         got = ops.gather_gemv_t(values, weights.down_t, indices, count, weights.down_bias, d)
-        right = values[:, : len(used)].double() @ exact.down_t[used] + exact.down_bias
-        assert_close(got, right)
+        some_values, some_rows = values[:, : len(used)], weights.down_t[used]
+        assert_sums(got, some_values, some_rows, exact.down_t[used], fmt.group, exact.down_bias)
         got = ops.gather_gemv_t(values, weights.down_t, None, None, None, d)
-        assert_close(got, values.double() @ exact.down_t)
+        assert_sums(got, values, weights.down_t, exact.down_t, fmt.group)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -19,7 +19,6 @@ another length in each format: a tensor of rows tells its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -190,21 +189,13 @@ def linear_t(a: Tensor, rows: Tensor, d: int, bias: Tensor | None = None) -> Ten
     if 0 < a.numel() <= ops.MAX_ROWS * a.shape[-1]:
         out = ops.gather_gemv_t(a.float().contiguous(), rows, None, None, None, d)
         return (out if bias is None else out + bias.float()).to(a.dtype)
-    return times_rows(a, d, lambda part, dtype: unpack_rows(rows[part], d, dtype), bias)
-
-
-def times_rows(
-    a: Tensor, d: int, rows: Callable[[slice, torch.dtype], Tensor], bias: Tensor | None
-) -> Tensor:
-    """a W + bias in float32 sums: a [..., f] -> [..., d] in a's dtype; rows(part, dtype) gives rows
-    of W [f, d]."""
     flat = a.reshape(-1, a.shape[-1])
     flat = flat if native(a.dtype) else flat.float()
     out = torch.zeros(flat.shape[0], d, device=a.device, dtype=torch.float32)
     step = max(1, _CHUNK // d)
     for start in range(0, flat.shape[1], step):
         part = slice(start, start + step)
-        w = rows(part, flat.dtype)
+        w = unpack_rows(rows[part], d, flat.dtype)
         if flat.dtype == torch.float32:
             out.addmm_(flat[:, part], w)
         else:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..errors import ConfigurationError, PatchStateError
 from ..models.families import DTYPES, MlpSite
+from ..models.packed import is_packed
 from .sparse_mlp import StandIn
 
 # Rows at a time, by device. On an H100 the MLP over all neurons, which has the same loop, was
@@ -65,7 +66,7 @@ def find_projections(model: nn.Module, sites: list[MlpSite]) -> list[tuple[nn.Mo
         for name, child in parent.named_children()
         if id(child) not in taken and _is_plain(child)
     ]
-    if not found:
+    if not found and not is_packed(model):  # packed layers run by our GEMV anyway
         raise ConfigurationError(
             f"projections=True, but {type(model).__name__} has no plain torch.nn.Linear beside its "
             "MLPs (quantised, offloaded or adapted layers are left as they are); leave it out"
