@@ -25,8 +25,9 @@ def pack(
 ) -> None:
     """Pack a model's weights and save it with its tokenizer.
 
-    This loses something: at 8 bits hardly any, at 4 what files of 4 bits lose. Every command takes
-    the directory; in Python: model, tokenizer = moyu_ext.load(DIR). A .gguf file keeps its codes.
+    This loses something: at 8 bits hardly any, below 6 bits small models lose much. Every command
+    takes the directory; in Python: model, tokenizer = moyu_ext.load(DIR). A .gguf file keeps its
+    codes.
 
     \b
     Examples

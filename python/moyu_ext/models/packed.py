@@ -39,7 +39,8 @@ def pack(
 ) -> Model:
     """Round a model's linear layers to packed rows of `bits` bits; in place, returns the model.
 
-    This loses something: at 8 bits hardly any, at 4 what 4-bit files lose (docs/findings.md).
+    This loses something: at 8 bits hardly any, below 6 bits small models lose much, since each
+    weight goes to the nearest level (docs/findings_packed.md).
     bits: 3, 4, 5, 6 or 8, or a mapping from patterns of module names ("*.mlp.down_proj") to bits,
     of which the first that fits counts; layers that fit none stay as they are. With one number of
     bits the head has 8. group: columns per scale, 64 by default, or 32 (half a bit more a

@@ -255,13 +255,6 @@ def _layer_indices(layers: Iterable[int] | None, count: int) -> list[int]:
     return sorted(chosen)
 
 
-def _fingerprint(model: nn.Module) -> str:
-    # Here, not above: calibration stands on patching.
-    from ..models.fingerprint import fingerprint
-
-    return fingerprint(model)
-
-
 def _install(mlp: SparseMLP, undo: list[Callable[[], None]]) -> None:
     site = mlp.site
     down = site.linear(site.family.down)
