@@ -173,6 +173,9 @@ def test_a_packed_layer_in_any_dtype(prompt):
             assert out.dtype == dtype
             right = layer(x.float())
             assert (out.float() - right).norm() < 2e-2 * right.norm()
+    for rows in (packed.weight[:-1], packed.weight[:, :-4]):  # of a damaged file
+        with pytest.raises(UnsupportedModelError, match="70 inputs and 30 outputs"):
+            packed.hold(rows)
     with pytest.raises(PatchStateError, match="training mode"):
         packed.train()(torch.randn(1, 70))
     with pytest.raises(PatchStateError, match="packed"):

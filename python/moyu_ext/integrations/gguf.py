@@ -89,9 +89,11 @@ def load_gguf(
             filled.add(tensor.name)
             order = _order(architecture, layer, config)
             if layer in layers and kind == "weight":
-                rows, kinds[layer] = _packed(tensor, library, layer in down, order)
+                rows, fmt, kinds[layer] = _packed(tensor, library, layer in down, order)
                 if rows is not None:
-                    _put(model, layer, layers[layer], rows, layer in down, dtype)
+                    packed = PackedLinear.like(layers[layer], fmt, transposed=layer in down)
+                    packed.hold(rows)
+                    replace(model, layer, packed)
                     continue
             value = torch.tensor(library.quants.dequantize(tensor.data, tensor.tensor_type))
             value = value if order is None else value[order]
@@ -155,15 +157,16 @@ def _order(architecture: str, layer: str, config: Any) -> Tensor | None:
 
 def _packed(
     tensor: Any, library: Any, transposed: bool, order: Tensor | None
-) -> tuple[Tensor | None, str]:
-    """Packed rows of a weight, or None where it is in floats; and what became of it."""
+) -> tuple[Tensor | None, Format, str]:
+    """Packed rows of a weight, or None where it is in floats, their format, what became of it."""
     kind = tensor.tensor_type.name
     if kind in ("F32", "F16", "BF16", "F64"):
-        return None, f"{kind}, kept"
+        return None, _DOWN, f"{kind}, kept"
     if kind in ggml.TYPES and not transposed:
         data = torch.from_numpy(tensor.data.copy())
         codes = ggml.codes_of(kind, data if order is None else data[order])
-        return pack_rows(codes, Format(ggml.TYPES[kind][0], 32)), f"{kind}, its codes"
+        fmt = Format(ggml.TYPES[kind][0], 32)
+        return pack_rows(codes, fmt), fmt, f"{kind}, its codes"
     try:
         plain = torch.from_numpy(library.quants.dequantize(tensor.data, tensor.tensor_type))
     except NotImplementedError as error:
@@ -175,28 +178,7 @@ def _packed(
     plain = plain if order is None else plain[order]
     fmt = _DOWN if transposed else Format(HEAD_BITS, 32)
     rows = pack_matrix(plain.t() if transposed else plain, fmt)
-    return rows, f"{kind}, rounded to {fmt}"
-
-
-def _put(
-    model: nn.Module,
-    name: str,
-    layer: nn.Linear,
-    rows: Tensor,
-    transposed: bool,
-    dtype: torch.dtype,
-) -> None:
-    packed = PackedLinear(
-        layer.in_features,
-        layer.out_features,
-        _DOWN,
-        bias=layer.bias is not None,
-        transposed=transposed,
-        dtype=dtype,
-        device="meta",
-    )
-    packed.weight = nn.Parameter(rows, requires_grad=False)
-    replace(model, name, packed)
+    return rows, fmt, f"{kind}, rounded to {fmt}"
 
 
 def _set(model: nn.Module, name: str, value: Tensor) -> None:

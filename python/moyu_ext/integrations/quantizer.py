@@ -93,15 +93,7 @@ class PackQuantizer(HfQuantizer):
         for name, fmt in formats.items():
             if name not in later:
                 layer: Any = model.get_submodule(name)
-                packed = PackedLinear(
-                    layer.in_features,
-                    layer.out_features,
-                    fmt,
-                    bias=layer.bias is not None,
-                    transposed=name in transposed,
-                    dtype=layer.weight.dtype,
-                    device="meta",
-                )
+                packed = PackedLinear.like(layer, fmt, transposed=name in transposed)
                 replace(model, name, packed)
         self._waiting = {name: formats[name] for name in later if name in formats}
         config.layers = {name: (fmt.bits, fmt.group) for name, fmt in formats.items()}

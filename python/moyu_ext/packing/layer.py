@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..errors import PatchStateError
+from ..errors import PatchStateError, UnsupportedModelError
 from .rounding import pack_matrix
 from .rows import Format, format_of, linear, linear_t, unpack_rows
 
@@ -45,24 +45,37 @@ class PackedLinear(nn.Module):
             )
 
     @classmethod
-    def of(cls, layer: nn.Linear, fmt: Format, *, transposed: bool = False) -> PackedLinear:
-        """The packed twin of a torch.nn.Linear."""
-        weight = layer.weight.detach()
-        packed = cls(
+    def like(cls, layer: nn.Linear, fmt: Format, *, transposed: bool = False) -> PackedLinear:
+        """For the place of a torch.nn.Linear, on meta: `hold` gives it its rows."""
+        return cls(
             layer.in_features,
             layer.out_features,
             fmt,
             bias=layer.bias is not None,
             transposed=transposed,
-            dtype=weight.dtype,
+            dtype=layer.weight.dtype,
             device="meta",
         )
-        rows = pack_matrix(weight.t() if transposed else weight, fmt)
-        ops.use_huge_pages(rows)
-        packed.weight = nn.Parameter(rows, requires_grad=False)
+
+    @classmethod
+    def of(cls, layer: nn.Linear, fmt: Format, *, transposed: bool = False) -> PackedLinear:
+        """The packed twin of a torch.nn.Linear."""
+        packed = cls.like(layer, fmt, transposed=transposed)
+        weight = layer.weight.detach()
+        packed.hold(pack_matrix(weight.t() if transposed else weight, fmt))
         if layer.bias is not None:
             packed.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
         return packed.train(layer.training)
+
+    def hold(self, rows: Tensor) -> None:
+        """Take packed rows as the weights; UnsupportedModelError for another number or length."""
+        if rows.shape != self.weight.shape:
+            raise UnsupportedModelError(
+                f"packed rows {list(rows.shape)} do not fit a layer of {self.in_features} inputs "
+                f"and {self.out_features} outputs; expected {list(self.weight.shape)}"
+            )
+        ops.use_huge_pages(rows)
+        self.weight = nn.Parameter(rows, requires_grad=False)
 
     @property
     def format(self) -> Format:
