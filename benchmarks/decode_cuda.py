@@ -1,8 +1,9 @@
 """Whole-model generation on a GPU: Hugging Face dense beside a patched model, in one run.
 
 All hold the same random weights, all run in the same mode: `static` is generate() with a static
-cache, which compiles the decode step into CUDA graphs; `loop` is the same step without generate(),
-greedy tokens fed back on the GPU, so that nothing waits for the host; `dynamic` is generate(),
+cache, which compiles the decode step into CUDA graphs; `deferred` is the same where generate()
+asks one token later whether to stop, as it does on Apple's GPUs, so that the host need not wait;
+`loop` is the step without generate(), greedy tokens fed back on the GPU; `dynamic` is generate(),
 eager. Runs alternate.
 Before a row is written, the patched model's logits are compared with those of the same rule in
 plain PyTorch (moyu_ext.scoring); and where tokens choose their neurons, so that one rounding
@@ -11,7 +12,8 @@ changes a set and with it the text, every MLP's output in an eager decode step w
     python benchmarks/decode_cuda.py --method stda --density 0.3288 --csv benchmarks/results/x.csv
 
 With --profile it runs a few decode steps for a profiler instead: only these are recorded
-(cudaProfilerStart/Stop), and every patched MLP is a range "method, layer".
+(cudaProfilerStart/Stop), and every patched MLP is a range "method, layer". With --kernels it prints
+the time of each kernel in the generated tokens, by torch.profiler, and no row.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import copy
 import fcntl
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,10 +41,14 @@ from moyu_ext.models.weights import read_share
 from moyu_ext.patching.patch import is_patched
 from moyu_ext.patching.sparse_mlp import SparseMLP
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.profiler import ProfilerActivity
 from transformers import PreTrainedModel, StaticCache
+from transformers.generation.utils import DeferredStopCheck
 
 import moyu_ext
 
+MODES = ("static", "deferred", "loop", "dynamic")
 ALLOWED = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # of the largest logit
 
 
@@ -55,7 +61,7 @@ def arguments() -> argparse.Namespace:
         "--method", default="stda", help="stda, srida, qrida, tda, tda-gate or dense"
     )
     parser.add_argument("--density", type=float, default=0.3288)
-    parser.add_argument("--mode", default="static", choices=["static", "loop", "dynamic"])
+    parser.add_argument("--mode", default="static", choices=MODES)
     parser.add_argument("--prompt", type=int, default=1024, help="tokens of the prompt")
     parser.add_argument("--new", type=int, default=1024, help="tokens to generate")
     parser.add_argument("--rounds", type=int, default=3)
@@ -68,7 +74,23 @@ def arguments() -> argparse.Namespace:
         "--lock", type=Path, help="of several runs with this file, one at a time is measured"
     )
     parser.add_argument("--profile", action="store_true", help="run for nsys; nothing is measured")
+    parser.add_argument("--kernels", action="store_true", help="print the kernels' times, no rows")
     return parser.parse_args()
+
+
+@contextmanager
+def deferred_stop_check() -> Iterator[None]:
+    """transformers' stop check that does not wait for the device, which it uses on "mps" only."""
+    right = DeferredStopCheck.is_supported
+
+    def supported(device: torch.device, *args: Any, **kwargs: Any) -> bool:
+        return bool(right(torch.device("mps"), *args, **kwargs))
+
+    DeferredStopCheck.is_supported = staticmethod(supported)
+    try:
+        yield
+    finally:
+        DeferredStopCheck.is_supported = staticmethod(right)
 
 
 @dataclass
@@ -100,11 +122,16 @@ class Generator:
         return text, torch.stack(tuple(kept), 1)
 
     def _generate(self, **kwargs: Any) -> Any:
-        if self.mode == "static":
+        if self.mode in ("static", "deferred"):
             kwargs["cache_implementation"] = "static"
-        return self.model.generate(
-            self.ids, max_new_tokens=self.new, min_new_tokens=self.new, do_sample=False, **kwargs
-        )
+        with deferred_stop_check() if self.mode == "deferred" else nullcontext():
+            return self.model.generate(
+                self.ids,
+                max_new_tokens=self.new,
+                min_new_tokens=self.new,
+                do_sample=False,
+                **kwargs,
+            )
 
     @torch.inference_mode(False)  # a compiled step must not meet inference tensors in one call only
     @torch.no_grad()
@@ -220,6 +247,10 @@ def measure(
                 times[name].append(took * 1e6)
         if turn:
             bandwidth.append(copy_gbps(device))
+    if skipped := counters["inductor"]["cudagraph_skips"]:
+        raise BenchmarkError(
+            f"{skipped} compiled graphs ran without a CUDA graph: no row is written"
+        )
     rows = []
     for name, side in sides.items():
         plan, density, read = bytes_read(side.model, size)
@@ -283,6 +314,23 @@ def named_layers(model: nn.Module, method: str) -> Iterator[None]:
             handle.remove()
 
 
+def print_kernels(args: argparse.Namespace, models: dict[str, PreTrainedModel]) -> None:
+    size = geometry(args.geometry)
+    for name, model in models.items():
+        ids = torch.randint(3, size.vocabulary, (1, args.prompt)).to(model.device)
+        side = Generator(model, ids, args.new, args.mode)
+        side.run()
+        plain = seconds(model.device, side.run)
+        with torch.profiler.profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as p:
+            side.run()
+        kernels = [e for e in p.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
+        busy = sum(e.self_device_time_total for e in kernels)
+        print(f"{name}: {plain * 1e6:.0f} us without the profiler, {busy:.0f} us in kernels")
+        for e in sorted(kernels, key=lambda e: -e.self_device_time_total)[:16]:
+            each = e.self_device_time_total / e.count
+            print(f"{e.self_device_time_total:10.0f} {e.count:6d} {each:9.2f}  {e.key[:100]}")
+
+
 def profile(args: argparse.Namespace, model: PreTrainedModel) -> None:
     size = geometry(args.geometry)
     ids = torch.randint(3, size.vocabulary, (1, args.prompt)).to(model.device)
@@ -323,6 +371,9 @@ def main() -> None:
         models = {args.method: patched_twin(dense, method, projections=False)}
         if args.projections:
             models[args.method + PROJECTIONS] = patched_twin(dense, method, projections=True)
+        if args.kernels:
+            print_kernels(args, {"dense": dense, **models})
+            return
         rows = measure(args, dense, models, wait)
         for row in rows:
             print(row)

@@ -3,18 +3,25 @@
 # and the log go to $MOYU_RESULTS (default: benchmarks/results), a summary is printed last.
 # Needs nvcc and a CUDA build of torch; other tools that are missing are named and skipped.
 #
-#   tools/gpu_check.sh [build test sanitize bench decode]     default: all steps
-#   MOYU_QUICK=1 tools/gpu_check.sh bench                      few replays, to try the script
+#   tools/gpu_check.sh [STEP...]                  default: build smoke test sanitize bench profile decode
+#   MOYU_QUICK=1 tools/gpu_check.sh bench         few replays, to try the script
 #
-# On an H100 with 16 cores the parts of "build test sanitize bench" took five minutes, the first half of
-# "decode" three; it builds first where the first call's build is gone.
+# Steps: build; smoke (a model of two layers in every mode of "decode"); test; sanitize; bench (one MLP);
+# pdl (the tests and the MLPs without dependent launches); ptx (a build with PTX for 8.0 alone); profile;
+# decode, or its parts decode-static, decode-deferred, decode-loop (a whole LLaMA-2-7B).
+# "build" comes first by itself where sources have changed since the last one.
+#
+# Where a command may take ten minutes and the machine has no repository:
+#   MOYU_RESULTS=$OUT MOYU_COMMIT=<hash> MOYU_DEADLINE=570 tools/gpu_check.sh build test bench
+# A part that would begin behind MOYU_DEADLINE seconds is left out, and named.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 python=${PYTHON:-python3}
 mkdir -p "${MOYU_RESULTS:=benchmarks/results}" "${MOYU_WORK:=build/gpu}"
 results=$(cd "$MOYU_RESULTS" && pwd)
 work=$(cd "$MOYU_WORK" && pwd)
-read -r -a steps <<<"${*:-build test sanitize bench decode}"
+read -r -a steps <<<"${*:-build smoke test sanitize bench profile decode}"
+deadline=${MOYU_DEADLINE:-86400}
 replays=$([ "${MOYU_QUICK:-0}" = 1 ] && echo 20 || echo 200)
 command -v nvcc >/dev/null || PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
 summary=()
@@ -31,20 +38,28 @@ finish() {  # finish NAME STATUS SECONDS: one line of the summary, and the log k
   { echo "==== $1: $status" && cat "$work/$1.log"; } >>"$results/gpu_check.log"
   summary+=("$(printf '%-24s %-14s %4d s' "$1" "$status" "$3")")
 }
+in_time() {  # in_time NAME: false, and said so, where nothing may begin any more
+  [ $((deadline - SECONDS)) -gt 10 ] && return 0
+  skip "$1" "left out: $SECONDS of $deadline seconds are over"
+  return 1
+}
+limit() { echo $((deadline - SECONDS < ${LIMIT:-400} ? deadline - SECONDS : ${LIMIT:-400})); }
 run() {  # run NAME COMMAND...: at most $LIMIT seconds
   local name=$1 begin=$SECONDS status=0
   shift
+  in_time "$name" || return
   echo "== $name"
-  timeout --foreground "${LIMIT:-400}" "$@" >"$work/$name.log" 2>&1 || status=$?
+  timeout --foreground "$(limit)" "$@" >"$work/$name.log" 2>&1 || status=$?
   finish "$name" "$status" $((SECONDS - begin))
 }
 start() {  # start NAME COMMAND...: beside others; `join` waits for all
   local name=$1
   shift
+  in_time "$name" || return
   rm -f "$work/$name.status"
   {
     begin=$SECONDS status=0
-    timeout "${LIMIT:-400}" "$@" >"$work/$name.log" 2>&1 || status=$?
+    timeout "$(limit)" "$@" >"$work/$name.log" 2>&1 || status=$?
     echo "$status $((SECONDS - begin))" >"$work/$name.status"
   } &
   started+=("$name")
@@ -55,8 +70,9 @@ join() {
   wait
   for name in "${started[@]}"; do
     echo "== $name"
+    # A part that was killed has left no status.
     # shellcheck disable=SC2046
-    finish "$name" $(cat "$work/$name.status")
+    finish "$name" $(cat "$work/$name.status" 2>/dev/null || echo 137 0)
   done
   started=()
 }
@@ -77,7 +93,10 @@ if [ -z "${MOYU_COMMIT:-}" ]; then
 fi
 export MOYU_COMMIT HF_HUB_OFFLINE=1
 export PYTHONPATH=$work/site${PYTHONPATH:+:$PYTHONPATH}
-[ -x "$work/bench_mlp_cuda" ] && [ -d "$work/site/moyu_ext" ] || [ "${steps[0]}" = build ] ||
+# What was built from other sources would be measured under this commit's name.
+stamp=$(find csrc moyu_ext python setup.py benchmarks/*.cu* tests/cpp -type f -not -name '*.pyc' \
+  -not -name '*.so' -print0 | sort -z | xargs -0 cat | sha256sum)
+[ "$(cat "$work/stamp" 2>/dev/null)" = "$stamp" ] || [ "${steps[0]}" = build ] ||
   steps=(build "${steps[@]}")
 
 compile_all() {  # the kernels once, each file by a compiler of its own, for tests and benchmark
@@ -143,6 +162,14 @@ for step in "${steps[@]}"; do
       start compile bash -c compile_all
       start install bash -c install_package
       join
+      [ $failures = 0 ] && echo "$stamp" >"$work/stamp"
+      ;;
+    smoke)
+      for mode in static deferred loop; do
+        LIMIT=120 start "smoke_$mode" "$python" benchmarks/decode_cuda.py --mode "$mode" --layers 2 \
+          --method stda --prompt 64 --new 8 --rounds 1 --projections
+      done
+      join
       ;;
     test)
       "$python" -c 'import xdist' 2>/dev/null && parallel=(-n 8) || parallel=()
@@ -159,8 +186,9 @@ for step in "${steps[@]}"; do
         export MOYU_TEST_EXACT=1
         for tool in memcheck synccheck racecheck; do
           [ "$tool" = racecheck ] && export MOYU_TEST_BRIEF=1  # one type: it is slow
-          LIMIT=280 start "$tool" "$sanitizer" --tool "$tool" --error-exitcode 9 \
-            "$work/test_cuda_kernels"
+          LIMIT=280 start "$tool" bash -c 'out=$("$0" "$@" 2>&1); status=$?; echo "$out"
+            [[ $out == *"Device not supported"* ]] && exit 77; exit $status' \
+            "$sanitizer" --tool "$tool" --error-exitcode 9 "$work/test_cuda_kernels"
         done
         join
         unset MOYU_TEST_EXACT MOYU_TEST_BRIEF
@@ -181,8 +209,37 @@ for step in "${steps[@]}"; do
         kernels "mlp_7b_rows$rows" --d 4096 --f 11008 --rows "$rows" --density 0.3288 --plans given
       done
       ;;
-    decode)
-      for mode in static loop; do
+    pdl)
+      MOYU_PDL=0 run test_without_pdl "$work/test_cuda_kernels"
+      MOYU_PDL=0 kernels mlp_7b_without_pdl --d 4096 --f 11008 --density 0.3288 --commit \
+        "$MOYU_COMMIT-pdl0"
+      ;;
+    ptx)  # a device newer than the code: what must not rely on waits that are not compiled in
+      mkdir -p "$work/ptx"
+      run ptx_compile bash -c 'nvcc -std=c++20 -gencode arch=compute_80,code=compute_80 -O3 -x cu \
+        tests/cpp/test_cuda_kernels.cpp csrc/cuda/*.cu -ldl -o "$work/ptx/test_cuda_kernels"'
+      MOYU_TEST_BRIEF=1 run ptx_test "$work/ptx/test_cuda_kernels"
+      ;;
+    profile)
+      if command -v ncu >/dev/null; then
+        TAIL=1 run ncu ncu --clock-control none --launch-count 24 \
+          --kernel-name "regex:sparse_mlp|reduce_kernel|shadow_scores|quantise|choose" \
+          --section LaunchStats --section Occupancy --section SpeedOfLight \
+          --section WarpStateStats --section MemoryWorkloadAnalysis \
+          --metrics "regex:smsp__average_warps_issue_stalled_.*_per_issue_active" \
+          "$python" -m moyu_ext bench mlp --device cuda --repeats 3 --dtype float16 -g llama-2-7b \
+          -d 0.33 -p given -p shadow-2 -p shadow-eps-2
+        cp "$work/ncu.log" "$results/ncu.txt"
+      else
+        skip ncu "ncu is not there"
+      fi
+      TAIL=60 run layer "$python" benchmarks/decode_cuda.py --mode loop --layers 4 --method stda \
+        --prompt 2016 --new 32 --rounds 1 --projections --kernels
+      cp "$work/layer.log" "$results/layer.txt"
+      ;;
+    decode | decode-static | decode-deferred | decode-loop)
+      mode=${step#decode}
+      for mode in ${mode:+"${mode#-}"} $([ "$step" = decode ] && echo static deferred loop); do
         decode "stda_$mode" --mode "$mode" --method stda --density 0.3288 --prompt 1024 \
           --new 1024 --rounds 2 --projections
         decode "srida_$mode" --mode "$mode" --method srida --density 0.4383 --prompt 1024 \

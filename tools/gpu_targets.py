@@ -18,7 +18,9 @@ def rows_of(folder: Path, name: str) -> list[Row]:
     if not file.exists():
         return []
     with file.open(newline="") as lines:
-        return list(csv.DictReader(lines))
+        table = list(csv.DictReader(lines))
+    # One card's rows: those of the card that was measured last.
+    return [row for row in table if row.get("device") == table[-1].get("device")]
 
 
 def last(
@@ -59,7 +61,7 @@ def figures(folder: Path) -> list[tuple[str, float | None, float, Callable[[floa
     generate = [
         (f"{lengths} {mode}, {method}",
          last(decode, method=method, name=f"generate-{lengths}-{mode}", dtype="float16"), target)
-        for mode in ("static", "loop")
+        for mode in ("static", "deferred", "loop")
         for lengths, method, target in (
             ("1024+1024", "stda", 1.6), ("1024+1024", "stda+projections", 1.6),
             ("1024+128", "srida", 1.45), ("1024+128", "srida+projections", 1.45),
