@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 from moyu_ext.benchmarking import check_csv, geometry, method_at, write_csv
-from moyu_ext.benchmarking.decode import PROJECTIONS, mlp_errors
+from moyu_ext.benchmarking.decode import PROJECTIONS, mlp_errors, packed_copy
 from moyu_ext.benchmarking.geometries import Geometry
 from moyu_ext.benchmarking.random_model import random_model, weight_bytes
 from moyu_ext.benchmarking.rows import BenchmarkError, Row, make_row, quantile
@@ -61,6 +61,10 @@ def arguments() -> argparse.Namespace:
         "--method", default="stda", help="stda, srida, qrida, tda, tda-gate or dense"
     )
     parser.add_argument("--density", type=float, default=0.3288)
+    parser.add_argument(
+        "--bits", type=int, choices=[4, 8], help="measure the method on packed weights, too"
+    )
+    parser.add_argument("--group", type=int, default=64, choices=[32, 64])
     parser.add_argument("--mode", default="static", choices=MODES)
     parser.add_argument("--prompt", type=int, default=1024, help="tokens of the prompt")
     parser.add_argument("--new", type=int, default=1024, help="tokens to generate")
@@ -175,13 +179,15 @@ def checked_error(generator: Generator) -> float:
     Of generation's logits against the rule's in plain PyTorch; for a rule of tokens, of an MLP.
     """
     model, prompt = generator.model, generator.ids.shape[1]
+    patched = is_patched(model)
     sites = find_mlps(model)
-    if isinstance(sites[0].entry.rule, TokenRule):
+    if patched and isinstance(sites[0].entry.rule, TokenRule):
         with torch.inference_mode():
             return mlp_errors(model, sites, generator.ids, "patched")[1]
     text, logits = generator.logits()
     got = logits.double()
-    with torch.inference_mode(), moyu_ext.scoring(model, prompt):
+    reference = moyu_ext.scoring(model, prompt) if patched else nullcontext()
+    with torch.inference_mode(), reference:  # a packed model's prompts go by torch's matmul
         right = model(input_ids=text, use_cache=False).logits
     want = right[:, prompt - 1 : -1].double()
     # The first token comes from the prompt's dense pass, on both sides.
@@ -218,6 +224,18 @@ def patched_twin(dense: PreTrainedModel, method: Method, projections: bool) -> P
     return moyu_ext.patch(copy.deepcopy(dense, shared), method, projections=projections)
 
 
+def packed_sides(args: argparse.Namespace, dense: PreTrainedModel) -> dict[str, PreTrainedModel]:
+    """The model with packed weights, and with the method on top of them."""
+    sides = {}
+    for name in dict.fromkeys(("dense", args.method)):
+        packed = packed_copy(dense, args.bits, args.group)
+        if name != "dense":
+            method = method_at(name, args.density, args.prompt)(packed)
+            moyu_ext.patch(packed, method)
+        sides[f"{name}, {args.bits} bits"] = packed
+    return sides
+
+
 def measure(
     args: argparse.Namespace,
     dense: PreTrainedModel,
@@ -237,7 +255,8 @@ def measure(
     bandwidth = []
     for name, model in models.items():
         errors[name] = checked_error(sides[name])
-        moyu_ext.report(model, reset=True)
+        if is_patched(model):
+            moyu_ext.report(model, reset=True)
     for turn in range(args.rounds + 1):  # the first one compiles and captures
         if turn == 1:
             wait()
@@ -285,8 +304,8 @@ def bytes_read(model: PreTrainedModel, size: Geometry) -> tuple[str, float, int]
     plan = getattr(model, "_moyu_patch").method.plan  # noqa: B009
     used = moyu_ext.report(model)
     matrices = 3 if size.gated else 2
-    skipped = matrices * size.f * (1 - read_share(plan, used.density, matrices))
-    read -= round(model.config.num_hidden_layers * skipped * size.d) * model.dtype.itemsize
+    skipped = 1 - read_share(plan, used.density, matrices)
+    read -= round(skipped * sum(site.weights().nbytes for site in find_mlps(model)))
     return plan, used.density, read + used.added_bytes
 
 
@@ -371,6 +390,8 @@ def main() -> None:
         models = {args.method: patched_twin(dense, method, projections=False)}
         if args.projections:
             models[args.method + PROJECTIONS] = patched_twin(dense, method, projections=True)
+        if args.bits:
+            models = packed_sides(args, dense)
         if args.kernels:
             print_kernels(args, {"dense": dense, **models})
             return

@@ -3,7 +3,7 @@
 // cudaStream_t) and nothing waits for it; nothing is allocated, and the grid follows from the
 // sizes alone, so that a CUDA graph replays with another count, other indices or another epsilon.
 // The host cannot see what the device holds without waiting: a count outside [0, capacity] is
-// clamped, and an index outside [0, f) is a neuron that gives 0.
+// clamped, and an index outside [0, f) is a neuron that gives 0. Packed rows may have 4 or 8 bits.
 // Errors: std::runtime_error with the operator's name and what CUDA said.
 #pragma once
 
@@ -14,17 +14,21 @@ namespace moyu::cuda {
 void threshold_compact(const float* values, int64_t rows, int64_t f, const float* epsilon,
                        int32_t* indices /* [rows, f] */, int32_t* count /* [rows] */, void* stream);
 
-void gather_gemv(const void* x /* T [rows, d] */, const void* weight /* T [f, d] */,
+void gather_gemv(const void* x /* T [rows, d] */, const Matrix& weight /* [f, d] */,
                  const void* bias /* T [f] or null */,
                  const int32_t* indices /* [capacity] or null */,
                  const int32_t* count /* [1] or null */, float* out /* [rows, capacity] */,
                  int64_t rows, int64_t d, int64_t f, int64_t capacity, DType dtype, void* stream);
 
-void gather_gemv_t(const float* values /* [rows, capacity] */, const void* weight_t /* T [f, d] */,
-                   const void* bias /* T [d] or null */, const int32_t* indices /* [capacity] */,
-                   const int32_t* count /* [1] */, void* out /* T [rows, d] */, int64_t rows,
-                   int64_t d, int64_t f, int64_t capacity, DType dtype, float* workspace,
-                   void* stream);
+void gather_gemv_t(const float* values /* [rows, capacity] */, const Matrix& weight_t /* [f, d] */,
+                   const void* bias /* T [d] or null */,
+                   const int32_t* indices /* [capacity] or null */,
+                   const int32_t* count /* [1] or null */, void* out /* T [rows, d] */,
+                   int64_t rows, int64_t d, int64_t f, int64_t capacity, DType dtype,
+                   float* workspace, void* stream);
+
+void unpack_rows(const Matrix& packed /* [n, d], of any bits */, int64_t n, int64_t d, DType dtype,
+                 void* out /* T [n, d] */, void* stream);
 
 void sparse_mlp(const Mlp& mlp, const ActiveSet& set, int64_t capacity /* of set.indices */,
                 float* workspace, void* stream);

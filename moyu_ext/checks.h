@@ -11,6 +11,7 @@
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "../csrc/moyu.h"
 
@@ -147,12 +148,80 @@ inline Matrix matrix_of(const char* op, const char* name, const Tensor& t, const
     return {data(t)};
   }
   expect(op, name, t, like, ScalarType::Byte, {n, -1});
-  if (!t.is_cpu()) fail(op, name, " has packed rows, which only the CPU reads; unpack them first");
   for (const int32_t bits : {3, 4, 5, 6, 8})
     for (const int32_t group : {32, 64})
       if (packed_row_bytes(d, bits, group) == t.size(1)) return {data(t), bits, group};
   fail(op, name, " has rows of ", t.size(1), " bytes, which packed rows of ", d,
        " columns have in no format (3, 4, 5, 6 or 8 bits in groups of 32 or 64)");
+}
+
+// The gather operators' sizes. shape: of the output.
+struct Gather {
+  Matrix weight;  // [f, d]
+  int64_t rows = 1, d = 0, f = 0, capacity = 0;
+  std::vector<int64_t> shape;
+  ScalarType out_dtype = ScalarType::Float;
+};
+
+inline void check_list(const char* op, const OptionalTensor& indices, const OptionalTensor& count,
+                       const Tensor& like) {
+  expect(op, "indices", indices, like, ScalarType::Int, {-1});
+  expect(op, "count", count, like, ScalarType::Int, {1});
+  check_together(op, indices, count);
+}
+
+// Checks the arguments of gather_gemv.
+inline Gather gemv_of(const char* op, const Tensor& x, const Tensor& weight,
+                      const OptionalTensor& indices, const OptionalTensor& count,
+                      const OptionalTensor& bias) {
+  Gather g;
+  dtype_of(op, "x", x);
+  if (weight.dim() != 2) fail(op, "weight must be [f, d], got ", describe(weight));
+  g.f = weight.size(0);
+  g.d = is_packed(weight) && x.dim() ? x.size(x.dim() - 1) : weight.size(1);
+  g.weight = matrix_of(op, "weight", weight, x, x.scalar_type(), g.f, g.d);
+  g.rows = rows_of(op, x, g.d);
+  expect(op, "bias", bias, x, x.scalar_type(), {g.f});
+  check_list(op, indices, count, x);
+  g.capacity = indices ? indices->numel() : g.f;
+  g.shape.assign(x.sizes().begin(), x.sizes().end());
+  g.shape.back() = g.capacity;
+  return g;
+}
+
+// Checks the arguments of gather_gemv_t.
+inline Gather gemv_t_of(const char* op, const Tensor& values, const Tensor& weight_t,
+                        const OptionalTensor& indices, const OptionalTensor& count,
+                        const OptionalTensor& bias, std::optional<int64_t> columns) {
+  Gather g;
+  if (weight_t.dim() != 2) fail(op, "weight_t must be [f, d], got ", describe(weight_t));
+  if (is_packed(weight_t) && !columns)
+    fail(op, "columns must say how many columns the packed rows of weight_t have");
+  if (!is_packed(weight_t)) g.out_dtype = weight_t.scalar_type();
+  if (is_packed(weight_t) && bias) g.out_dtype = bias->scalar_type();
+  g.f = weight_t.size(0);
+  g.d = columns ? *columns : weight_t.size(1);
+  if (g.d < 1) fail(op, "columns must be at least 1, got ", g.d);
+  g.weight = matrix_of(op, "weight_t", weight_t, values, g.out_dtype, g.f, g.d);
+  expect(op, "bias", bias, values, g.out_dtype, {g.d});
+  check_list(op, indices, count, values);
+  g.capacity = indices ? indices->numel() : g.f;
+  if (values.scalar_type() != ScalarType::Float || !values.is_contiguous() || values.dim() < 1 ||
+      values.size(values.dim() - 1) != g.capacity)
+    fail(op, "values must be contiguous float32 [..., ", g.capacity, "], got ", describe(values));
+  g.shape.assign(values.sizes().begin(), values.sizes().end());
+  g.shape.back() = g.d;
+  for (size_t i = 0; i + 1 < g.shape.size(); ++i) g.rows *= g.shape[i];
+  return g;
+}
+
+// Checks the arguments of unpack_rows.
+inline Matrix unpacked_of(const char* op, const Tensor& packed, const Tensor& out) {
+  dtype_of(op, "out", out);
+  if (out.dim() != 2) fail(op, "out must be [n, d], got ", describe(out));
+  if (!is_packed(packed)) fail(op, "packed must hold packed rows (uint8), got ", describe(packed));
+  expect(op, "out", out, packed, out.scalar_type(), {out.size(0), out.size(1)});
+  return matrix_of(op, "packed", packed, out, out.scalar_type(), out.size(0), out.size(1));
 }
 
 // Checks everything that the MLP operators share; the output is still to be set.
@@ -186,6 +255,15 @@ inline Mlp mlp_of(const char* op, const Tensor& x, const OptionalTensor& gate, c
   mlp.down_bias = data(down_bias);
   mlp.activation = activation_of(op, activation);
   return mlp;
+}
+
+// The set of sparse_mlp; the host has not looked into it yet.
+inline ActiveSet set_of(const char* op, const Mlp& mlp, const Tensor& x,
+                        const OptionalTensor& indices, const OptionalTensor& count,
+                        const OptionalTensor& mask) {
+  check_list(op, indices, count, x);
+  expect(op, "mask", mask, x, ScalarType::Byte, {mlp.rows, mlp.f});
+  return {data_as<int32_t>(indices), data_as<int32_t>(count), data_as<uint8_t>(mask)};
 }
 
 // Checks the shadow of an MLP of f neurons with hidden size d.

@@ -64,24 +64,12 @@ std::tuple<Tensor, Tensor> threshold_compact_cpu(const Tensor& values, const Ten
 Tensor gather_gemv_cpu(const Tensor& x, const Tensor& weight, const OptionalTensor& indices,
                        const OptionalTensor& count, const OptionalTensor& bias) {
   constexpr const char* op = "gather_gemv";
-  const DType dtype = dtype_of(op, "x", x);
-  if (weight.dim() != 2) fail(op, "weight must be [f, d], got ", describe(weight));
-  const int64_t f = weight.size(0);
-  const int64_t d = is_packed(weight) && x.dim() ? x.size(x.dim() - 1) : weight.size(1);
-  const Matrix matrix = matrix_of(op, "weight", weight, x, x.scalar_type(), f, d);
-  const int64_t rows = rows_of(op, x, d);
-  expect(op, "indices", indices, x, ScalarType::Int, {-1});
-  expect(op, "count", count, x, ScalarType::Int, {1});
-  expect(op, "bias", bias, x, x.scalar_type(), {f});
-  check_together(op, indices, count);
-  if (indices) check_set(op, *indices, *count, f);
-  const int64_t capacity = indices ? indices->numel() : f;
-  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  shape.back() = capacity;
-  Tensor out = empty(x, shape, ScalarType::Float);
-  cpu::gather_gemv(data(x), matrix, data(bias), data_as<int32_t>(indices), data_as<int32_t>(count),
-                   static_cast<float*>(out.mutable_data_ptr()), rows, d, capacity, dtype,
-                   workspace(rows, d));
+  const Gather g = gemv_of(op, x, weight, indices, count, bias);
+  if (indices) check_set(op, *indices, *count, g.f);
+  Tensor out = empty(x, g.shape, ScalarType::Float);
+  cpu::gather_gemv(data(x), g.weight, data(bias), data_as<int32_t>(indices),
+                   data_as<int32_t>(count), static_cast<float*>(out.mutable_data_ptr()), g.rows,
+                   g.d, g.capacity, dtype_of(op, "x", x), workspace(g.rows, g.d));
   return out;
 }
 
@@ -89,44 +77,19 @@ Tensor gather_gemv_t_cpu(const Tensor& values, const Tensor& weight_t,
                          const OptionalTensor& indices, const OptionalTensor& count,
                          const OptionalTensor& bias, std::optional<int64_t> columns) {
   constexpr const char* op = "gather_gemv_t";
-  if (weight_t.dim() != 2) fail(op, "weight_t must be [f, d], got ", describe(weight_t));
-  if (is_packed(weight_t) && !columns)
-    fail(op, "columns must say how many columns the packed rows of weight_t have");
-  const ScalarType out_dtype = is_packed(weight_t)
-                                   ? (bias ? bias->scalar_type() : ScalarType::Float)
-                                   : weight_t.scalar_type();
-  const int64_t f = weight_t.size(0), d = columns ? *columns : weight_t.size(1);
-  if (d < 1) fail(op, "columns must be at least 1, got ", d);
-  const Matrix matrix = matrix_of(op, "weight_t", weight_t, values, out_dtype, f, d);
-  expect(op, "indices", indices, values, ScalarType::Int, {-1});
-  expect(op, "count", count, values, ScalarType::Int, {1});
-  expect(op, "bias", bias, values, out_dtype, {d});
-  check_together(op, indices, count);
-  const int64_t capacity = indices ? indices->numel() : f;
-  if (values.scalar_type() != ScalarType::Float || !values.is_contiguous() || values.dim() < 1 ||
-      values.size(values.dim() - 1) != capacity)
-    fail(op, "values must be contiguous float32 [..., ", capacity, "], got ", describe(values));
-  if (indices) check_set(op, *indices, *count, f);
-  int64_t rows = 1;
-  std::vector<int64_t> shape(values.sizes().begin(), values.sizes().end());
-  shape.back() = d;
-  for (size_t i = 0; i + 1 < shape.size(); ++i) rows *= shape[i];
-  Tensor out = empty(values, shape, out_dtype);
-  cpu::gather_gemv_t(data_as<float>(values), matrix, data(bias), data_as<int32_t>(indices),
-                     data_as<int32_t>(count), out.mutable_data_ptr(), rows, d, capacity,
-                     dtype_of(op, "out", out), workspace(rows, d));
+  const Gather g = gemv_t_of(op, values, weight_t, indices, count, bias, columns);
+  if (indices) check_set(op, *indices, *count, g.f);
+  Tensor out = empty(values, g.shape, g.out_dtype);
+  cpu::gather_gemv_t(data_as<float>(values), g.weight, data(bias), data_as<int32_t>(indices),
+                     data_as<int32_t>(count), out.mutable_data_ptr(), g.rows, g.d, g.capacity,
+                     dtype_of(op, "out", out), workspace(g.rows, g.d));
   return out;
 }
 
 void unpack_rows_cpu(const Tensor& packed, Tensor out) {
   constexpr const char* op = "unpack_rows";
-  const DType dtype = dtype_of(op, "out", out);
-  if (out.dim() != 2) fail(op, "out must be [n, d], got ", describe(out));
-  const int64_t n = out.size(0), d = out.size(1);
-  expect(op, "out", out, packed, out.scalar_type(), {n, d});
-  if (!is_packed(packed)) fail(op, "packed must hold packed rows (uint8), got ", describe(packed));
-  cpu::unpack_rows(matrix_of(op, "packed", packed, out, out.scalar_type(), n, d), n, d, dtype,
-                   out.mutable_data_ptr());
+  cpu::unpack_rows(unpacked_of(op, packed, out), out.size(0), out.size(1),
+                   dtype_of(op, "out", out), out.mutable_data_ptr());
 }
 
 Tensor sparse_mlp_cpu(const Tensor& x, const OptionalTensor& gate, const Tensor& up,
@@ -136,17 +99,11 @@ Tensor sparse_mlp_cpu(const Tensor& x, const OptionalTensor& gate, const Tensor&
                       const OptionalTensor& mask, const std::string& activation) {
   constexpr const char* op = "sparse_mlp";
   Mlp mlp = mlp_of(op, x, gate, up, down_t, gate_bias, up_bias, down_bias, activation);
-  check_together(op, indices, count);
-  if (indices) {
-    expect(op, "indices", *indices, x, ScalarType::Int, {-1});
-    expect(op, "count", *count, x, ScalarType::Int, {1});
-    check_set(op, *indices, *count, mlp.f);
-  }
-  expect(op, "mask", mask, x, ScalarType::Byte, {mlp.rows, mlp.f});
+  const ActiveSet set = set_of(op, mlp, x, indices, count, mask);
+  if (indices) check_set(op, *indices, *count, mlp.f);
   Tensor out = torch::stable::empty_like(x);
   mlp.out = out.mutable_data_ptr();
-  cpu::sparse_mlp(mlp, {data_as<int32_t>(indices), data_as<int32_t>(count), data_as<uint8_t>(mask)},
-                  workspace(mlp.rows, mlp.d));
+  cpu::sparse_mlp(mlp, set, workspace(mlp.rows, mlp.d));
   return out;
 }
 

@@ -132,57 +132,39 @@ Tensor gather_gemv_cuda(const Tensor& x, const Tensor& weight, const OptionalTen
                         const OptionalTensor& count, const OptionalTensor& bias) {
   constexpr const char* op = "gather_gemv";
   const Gpu gpu(op, "x", x);
-  const DType dtype = dtype_of(op, "weight", weight);
-  expect(op, "weight", weight, x, x.scalar_type(), {-1, -1});
-  const int64_t f = weight.size(0), d = weight.size(1), rows = rows_of(op, x, d);
-  check_sizes(op, f, d);
-  expect(op, "indices", indices, x, ScalarType::Int, {-1});
-  if (indices) check_length(op, "indices", indices->numel());
-  expect(op, "count", count, x, ScalarType::Int, {1});
-  expect(op, "bias", bias, x, x.scalar_type(), {f});
-  check_together(op, indices, count);
-  if (indices) check_set(op, *indices, *count, f, gpu.stream());
-  const int64_t capacity = indices ? indices->numel() : f;
-  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  shape.back() = capacity;
-  Tensor out = empty(x, shape, ScalarType::Float);
-  cuda::gather_gemv(data(x), data(weight), data(bias), data_as<int32_t>(indices),
-                    data_as<int32_t>(count), output<float>(out), rows, d, f, capacity, dtype,
-                    gpu.stream());
+  const Gather g = gemv_of(op, x, weight, indices, count, bias);
+  check_sizes(op, g.f, g.d);
+  check_length(op, "indices", g.capacity);
+  if (indices) check_set(op, *indices, *count, g.f, gpu.stream());
+  Tensor out = empty(x, g.shape, ScalarType::Float);
+  cuda::gather_gemv(data(x), g.weight, data(bias), data_as<int32_t>(indices),
+                    data_as<int32_t>(count), output<float>(out), g.rows, g.d, g.f, g.capacity,
+                    dtype_of(op, "x", x), gpu.stream());
   return out;
 }
 
-Tensor gather_gemv_t_cuda(const Tensor& values, const Tensor& weight_t, const OptionalTensor& some,
-                          const OptionalTensor& how_many, const OptionalTensor& bias,
-                          std::optional<int64_t> columns) {
+Tensor gather_gemv_t_cuda(const Tensor& values, const Tensor& weight_t,
+                          const OptionalTensor& indices, const OptionalTensor& count,
+                          const OptionalTensor& bias, std::optional<int64_t> columns) {
   constexpr const char* op = "gather_gemv_t";
   const Gpu gpu(op, "values", values);
-  if (!some || !how_many || columns)
-    fail(op, "on cuda indices and count must be given, and columns left out");
-  const Tensor &indices = *some, &count = *how_many;
-  const DType dtype = dtype_of(op, "weight_t", weight_t);
-  expect(op, "weight_t", weight_t, values, weight_t.scalar_type(), {-1, -1});
-  const int64_t f = weight_t.size(0), d = weight_t.size(1);
-  check_sizes(op, f, d);
-  expect(op, "indices", indices, values, ScalarType::Int, {-1});
-  check_length(op, "indices", indices.numel());
-  expect(op, "count", count, values, ScalarType::Int, {1});
-  expect(op, "bias", bias, values, weight_t.scalar_type(), {d});
-  check_set(op, indices, count, f, gpu.stream());
-  const int64_t capacity = indices.numel();
-  if (values.scalar_type() != ScalarType::Float || !values.is_contiguous() || values.dim() < 1 ||
-      values.size(values.dim() - 1) != capacity)
-    fail(op, "values must be contiguous float32 [..., ", capacity, "], got ", describe(values));
-  int64_t rows = 1;
-  std::vector<int64_t> shape(values.sizes().begin(), values.sizes().end());
-  shape.back() = d;
-  for (size_t i = 0; i + 1 < shape.size(); ++i) rows *= shape[i];
-  Tensor out = empty(values, shape, weight_t.scalar_type());
-  Tensor scratch = workspace(values, rows, d, capacity);
-  cuda::gather_gemv_t(data_as<float>(values), data(weight_t), data(bias), data_as<int32_t>(indices),
-                      data_as<int32_t>(count), out.mutable_data_ptr(), rows, d, f, capacity, dtype,
-                      output<float>(scratch), gpu.stream());
+  const Gather g = gemv_t_of(op, values, weight_t, indices, count, bias, columns);
+  check_sizes(op, g.f, g.d);
+  check_length(op, "indices", g.capacity);
+  if (indices) check_set(op, *indices, *count, g.f, gpu.stream());
+  Tensor out = empty(values, g.shape, g.out_dtype);
+  Tensor scratch = workspace(values, g.rows, g.d, g.capacity);
+  cuda::gather_gemv_t(data_as<float>(values), g.weight, data(bias), data_as<int32_t>(indices),
+                      data_as<int32_t>(count), out.mutable_data_ptr(), g.rows, g.d, g.f,
+                      g.capacity, dtype_of(op, "out", out), output<float>(scratch), gpu.stream());
   return out;
+}
+
+void unpack_rows_cuda(const Tensor& packed, Tensor out) {
+  constexpr const char* op = "unpack_rows";
+  const Gpu gpu(op, "packed", packed);
+  cuda::unpack_rows(unpacked_of(op, packed, out), out.size(0), out.size(1),
+                    dtype_of(op, "out", out), out.mutable_data_ptr(), gpu.stream());
 }
 
 Tensor sparse_mlp_cuda(const Tensor& x, const OptionalTensor& gate, const Tensor& up,
@@ -194,18 +176,14 @@ Tensor sparse_mlp_cuda(const Tensor& x, const OptionalTensor& gate, const Tensor
   const Gpu gpu(op, "x", x);
   Mlp mlp = mlp_of(op, x, gate, up, down_t, gate_bias, up_bias, down_bias, activation);
   check_sizes(op, mlp.f, mlp.d);
-  check_together(op, indices, count);
-  expect(op, "indices", indices, x, ScalarType::Int, {-1});
+  const ActiveSet set = set_of(op, mlp, x, indices, count, mask);
   if (indices) check_length(op, "indices", indices->numel());
-  expect(op, "count", count, x, ScalarType::Int, {1});
-  expect(op, "mask", mask, x, ScalarType::Byte, {mlp.rows, mlp.f});
   if (indices) check_set(op, *indices, *count, mlp.f, gpu.stream());
   Tensor out = torch::stable::empty_like(x);
   Tensor scratch = workspace(x, mlp.rows, mlp.d, mlp.f);
   mlp.out = out.mutable_data_ptr();
-  cuda::sparse_mlp(mlp,
-                   {data_as<int32_t>(indices), data_as<int32_t>(count), data_as<uint8_t>(mask)},
-                   indices ? indices->numel() : mlp.f, output<float>(scratch), gpu.stream());
+  cuda::sparse_mlp(mlp, set, indices ? indices->numel() : mlp.f, output<float>(scratch),
+                   gpu.stream());
   return out;
 }
 
@@ -289,6 +267,7 @@ STABLE_TORCH_LIBRARY_IMPL(moyu_ext, CUDA, m) {
   m.impl("threshold_compact", TORCH_BOX(&threshold_compact_cuda));
   m.impl("gather_gemv", TORCH_BOX(&gather_gemv_cuda));
   m.impl("gather_gemv_t", TORCH_BOX(&gather_gemv_t_cuda));
+  m.impl("unpack_rows", TORCH_BOX(&unpack_rows_cuda));
   m.impl("sparse_mlp", TORCH_BOX(&sparse_mlp_cuda));
   m.impl("threshold_mlp", TORCH_BOX(&threshold_mlp_cuda));
   m.impl("shadow_scores", TORCH_BOX(&shadow_scores_cuda));

@@ -169,32 +169,4 @@ inline int64_t persistent_blocks(const char* op, int64_t n) {
   return std::max<int64_t>(1, std::min({most, n, int64_t{kMaxBlocks}}));
 }
 
-template <typename T, bool kAligned, typename F>
-void with_rows(int64_t rows, F&& f) {
-  constexpr int kWidth = kAligned ? 16 / sizeof(T) : 1;
-  if (rows == 1) {
-    f.template operator()<T, kWidth, 1>();
-  } else if constexpr (kAligned) {
-    if (rows == 2) return f.template operator()<T, kWidth, 2>();
-    if (rows <= 4) return f.template operator()<T, kWidth, 4>();
-    f.template operator()<T, kWidth, 8>();
-  } else {
-    f.template operator()<T, kWidth, 8>();  // ugly sizes are rare: fewer kernels to build
-  }
-}
-
-// Calls f<T, kWidth, kRows>() with the element type, the width of a load and the rows (rounded
-// up) that one pass serves.
-template <typename F>
-void dispatch(DType dtype, bool aligned, int64_t rows, F&& f) {
-  const auto typed = [&]<typename T>() {
-    aligned ? with_rows<T, true>(rows, f) : with_rows<T, false>(rows, f);
-  };
-  switch (dtype) {
-    case DType::kFloat32: return typed.template operator()<float>();
-    case DType::kFloat16: return typed.template operator()<__half>();
-    case DType::kBFloat16: return typed.template operator()<__nv_bfloat16>();
-  }
-}
-
 }  // namespace moyu::cuda

@@ -1,17 +1,18 @@
 // Dot products of the listed weight rows (or all) with the input rows, on a persistent grid: each
 // block takes an even share of the positions below the device-side count.
-#include "tile.cuh"
+#include "rows.cuh"
 
 namespace moyu::cuda {
 
-template <typename T>
+template <typename Rows>
 struct GatherGemvParams {
-  const T* x;              // [rows, d]
-  const T* weight;         // [f, d]
-  const T* bias;           // [f] or null
-  const int32_t* indices;  // [capacity], null: every row in order
-  const int32_t* count;    // [1], null: capacity
-  float* out;              // [rows, capacity]
+  using T = typename Rows::T;
+  const T* x;                    // [rows, d]
+  typename Rows::Matrix weight;  // [f, d]
+  const T* bias;                 // [f] or null
+  const int32_t* indices;        // [capacity], null: every row in order
+  const int32_t* count;          // [1], null: capacity
+  float* out;                    // [rows, capacity]
   int64_t d, f, capacity;
   int rows;
 };
@@ -23,15 +24,15 @@ struct GatherGemvShared {
   bool valid[kTile];
 };
 
-template <typename T, int kWidth, int kRows>
+template <typename Rows, int kRows>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
-    gather_gemv_kernel(GatherGemvParams<T> p) {
+    gather_gemv_kernel(GatherGemvParams<Rows> p) {
   MOYU_SHARED(GatherGemvShared<kRows>, s);
   wait_for_previous_kernel();
   allow_next_kernel();
   const int count = clamped_count(p.count, p.capacity);
   const int end = share_begin(count, blockIdx.x + 1);
-  const T* const weights[1] = {p.weight};
+  const typename Rows::Matrix weights[1] = {p.weight};
   for (int first = share_begin(count, blockIdx.x); first < end; first += kTile) {
     const int n = min(kTile, end - first);
     if (static_cast<int>(threadIdx.x) < n) {
@@ -41,7 +42,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
       s.neurons[threadIdx.x] = s.valid[threadIdx.x] ? neuron : 0;
     }
     __syncthreads();
-    dot_products<1, T, kWidth, kRows>(weights, s.neurons, n, p.x, p.rows, p.d, s.sums);
+    Rows::template dot_products<1, kRows>(weights, s.neurons, n, p.x, p.rows, p.d, s.sums);
     __syncthreads();
     for (int slot = threadIdx.x; slot < n * p.rows; slot += kThreads) {
       const int j = slot % n, r = slot / n;
@@ -56,20 +57,20 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
       p.out[r * p.capacity + k] = 0.0f;
 }
 
-void gather_gemv(const void* x, const void* weight, const void* bias, const int32_t* indices,
+void gather_gemv(const void* x, const Matrix& weight, const void* bias, const int32_t* indices,
                  const int32_t* count, float* out, int64_t rows, int64_t d, int64_t f,
                  int64_t capacity, DType dtype, void* stream) {
   if (capacity == 0) return;
-  const bool aligned = rows_aligned(dtype, d, x, weight);
+  const bool aligned = rows_aligned(dtype, d, x, weight.rows);
   const int64_t blocks = persistent_blocks("gather_gemv", capacity);
   for (int64_t first = 0; first < rows; first += kMaxRows) {
     const int64_t n = std::min(kMaxRows, rows - first);
-    dispatch(dtype, aligned, n, [&]<typename T, int kWidth, int kRows>() {
-      launch(
-          "gather_gemv", gather_gemv_kernel<T, kWidth, kRows>, blocks, kThreads, stream,
-          GatherGemvParams<T>{static_cast<const T*>(x) + first * d, static_cast<const T*>(weight),
-                              static_cast<const T*>(bias), indices, count, out + first * capacity,
-                              d, f, capacity, static_cast<int>(n)});
+    dispatch("gather_gemv", dtype, {&weight}, aligned, n, [&]<typename Rows, int kRows>() {
+      using T = typename Rows::T;
+      launch("gather_gemv", gather_gemv_kernel<Rows, kRows>, blocks, kThreads, stream,
+             GatherGemvParams<Rows>{static_cast<const T*>(x) + first * d, Rows::matrix(weight, d),
+                                    static_cast<const T*>(bias), indices, count,
+                                    out + first * capacity, d, f, capacity, static_cast<int>(n)});
     });
   }
 }

@@ -1,17 +1,17 @@
 // Scaled sum of the listed neuron-major rows: each block sums an even share of the positions into
 // a partial output of its own, and a second stage adds the partial outputs up.
 #include "reduce.cuh"
-#include "tile.cuh"
+#include "rows.cuh"
 
 namespace moyu::cuda {
 
-template <typename T>
+template <typename Rows>
 struct GatherGemvTParams {
-  const float* values;     // [rows, capacity]
-  const T* weight_t;       // [f, d]
-  const int32_t* indices;  // [capacity]
-  const int32_t* count;    // [1]
-  float* partial;          // [blocks, rows, d]
+  const float* values;             // [rows, capacity]
+  typename Rows::Matrix weight_t;  // [f, d]
+  const int32_t* indices;          // [capacity], null: every row in order
+  const int32_t* count;            // [1], null: capacity
+  float* partial;                  // [blocks, rows, d]
   int64_t d, f, capacity;
   int rows;
 };
@@ -22,9 +22,9 @@ struct GatherGemvTShared {
   int32_t neurons[kTile];
 };
 
-template <typename T, int kWidth, int kRows>
+template <typename Rows, int kRows>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
-    gather_gemv_t_kernel(GatherGemvTParams<T> p) {
+    gather_gemv_t_kernel(GatherGemvTParams<Rows> p) {
   MOYU_SHARED(GatherGemvTShared<kRows>, s);
   wait_for_previous_kernel();
   allow_next_kernel();
@@ -36,30 +36,31 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     const int n = min(kTile, end - first);
     for (int slot = threadIdx.x; slot < n * kRows; slot += kThreads) {
       const int j = slot / kRows, r = slot % kRows;
-      const int32_t neuron = p.indices[first + j];
+      const int32_t neuron = p.indices ? p.indices[first + j] : first + j;
       const bool valid = neuron >= 0 && neuron < p.f;
       if (r == 0) s.neurons[j] = valid ? neuron : 0;
       s.values[j][r] = valid && r < p.rows ? p.values[r * p.capacity + first + j] : 0.0f;
     }
     __syncthreads();
-    scaled_sum<T, kWidth, kRows>(p.weight_t, s.neurons, s.values, n, p.rows, p.d, first > begin,
-                                 partial);
+    Rows::template scaled_sum<kRows>(p.weight_t, s.neurons, s.values, n, p.rows, p.d, first > begin,
+                                     partial);
     __syncthreads();  // the next tile writes what this one reads
     first += kTile;
   } while (first < end);
 }
 
-void gather_gemv_t(const float* values, const void* weight_t, const void* bias,
+void gather_gemv_t(const float* values, const Matrix& weight_t, const void* bias,
                    const int32_t* indices, const int32_t* count, void* out, int64_t rows, int64_t d,
                    int64_t f, int64_t capacity, DType dtype, float* workspace, void* stream) {
-  const bool aligned = rows_aligned(dtype, d, weight_t, workspace);
+  const bool aligned = rows_aligned(dtype, d, weight_t.rows, workspace);
   const int64_t blocks = persistent_blocks("gather_gemv_t", capacity);
   for (int64_t first = 0; first < rows; first += kMaxRows) {
     const int64_t n = std::min(kMaxRows, rows - first);
-    dispatch(dtype, aligned, n, [&]<typename T, int kWidth, int kRows>() {
-      launch("gather_gemv_t", gather_gemv_t_kernel<T, kWidth, kRows>, blocks, kThreads, stream,
-             GatherGemvTParams<T>{values + first * capacity, static_cast<const T*>(weight_t),
-                                  indices, count, workspace, d, f, capacity, static_cast<int>(n)});
+    dispatch("gather_gemv_t", dtype, {&weight_t}, aligned, n, [&]<typename Rows, int kRows>() {
+      using T = typename Rows::T;
+      launch("gather_gemv_t", gather_gemv_t_kernel<Rows, kRows>, blocks, kThreads, stream,
+             GatherGemvTParams<Rows>{values + first * capacity, Rows::matrix(weight_t, d), indices,
+                                     count, workspace, d, f, capacity, static_cast<int>(n)});
       launch_reduce("gather_gemv_t",
                     ReduceParams<T>{workspace, nullptr, static_cast<const T*>(bias),
                                     static_cast<T*>(out) + first * d, nullptr, d,

@@ -4,16 +4,18 @@
 #pragma once
 
 #include "reduce.cuh"
-#include "tile.cuh"
+#include "rows.cuh"
 
 namespace moyu::cuda {
 
-template <typename T>
+template <typename Rows>
 struct MlpParams {
+  using T = typename Rows::T;
+  using Matrix = typename Rows::Matrix;
   const T* x;          // [rows, d]
-  const T* gate;       // [f, d] or null
-  const T* up;         // [f, d]
-  const T* down_t;     // [f, d]
+  Matrix gate;         // [f, d] or none
+  Matrix up;           // [f, d]
+  Matrix down_t;       // [f, d]
   const T* gate_bias;  // [f] or null
   const T* up_bias;    // [f] or null
   float* partial;      // [blocks, rows, d]
@@ -22,12 +24,13 @@ struct MlpParams {
   Activation activation;
 };
 
-template <typename T>
-MlpParams<T> mlp_params(const Mlp& mlp, int64_t first, int64_t rows, float* workspace) {
+template <typename Rows>
+MlpParams<Rows> mlp_params(const Mlp& mlp, int64_t first, int64_t rows, float* workspace) {
+  using T = typename Rows::T;
   return {static_cast<const T*>(mlp.x) + first * mlp.d,
-          static_cast<const T*>(mlp.gate.rows),
-          static_cast<const T*>(mlp.up.rows),
-          static_cast<const T*>(mlp.down_t.rows),
+          Rows::matrix(mlp.gate, mlp.d),
+          Rows::matrix(mlp.up, mlp.d),
+          Rows::matrix(mlp.down_t, mlp.d),
           static_cast<const T*>(mlp.gate_bias),
           static_cast<const T*>(mlp.up_bias),
           workspace,
@@ -37,13 +40,17 @@ MlpParams<T> mlp_params(const Mlp& mlp, int64_t first, int64_t rows, float* work
           mlp.activation};
 }
 
-inline bool mlp_aligned(const Mlp& mlp, const float* workspace) {
-  return rows_aligned(mlp.dtype, mlp.d, mlp.x, mlp.gate.rows, mlp.up.rows, mlp.down_t.rows, workspace);
+// Calls f<Rows, kRows>() for an MLP.
+template <typename F>
+void dispatch_mlp(const char* op, const Mlp& mlp, const float* workspace, int64_t rows, F&& f) {
+  const bool aligned =
+      rows_aligned(mlp.dtype, mlp.d, mlp.x, mlp.gate.rows, mlp.up.rows, mlp.down_t.rows, workspace);
+  dispatch(op, mlp.dtype, {&mlp.gate, &mlp.up, &mlp.down_t}, aligned, rows, f);
 }
 
 // act(gate . x) * (up . x) of a gated MLP's slot (j, r).
-template <typename T, int kRows>
-__device__ __forceinline__ float gated_activation(const MlpParams<T>& p,
+template <typename Rows, int kRows>
+__device__ __forceinline__ float gated_activation(const MlpParams<Rows>& p,
                                                   const TileSums<2, kRows>& sums, int64_t neuron,
                                                   int j, int r) {
   const float g = dot_total<2, kRows>(sums, j, 0, r) + bias_at(p.gate_bias, neuron);
@@ -52,8 +59,9 @@ __device__ __forceinline__ float gated_activation(const MlpParams<T>& p,
 }
 
 // act(weight . x) of a slot: the gate alone, or an ungated MLP's only projection.
-template <typename T, int kRows>
-__device__ __forceinline__ float single_activation(const MlpParams<T>& p, const T* bias,
+template <typename Rows, int kRows>
+__device__ __forceinline__ float single_activation(const MlpParams<Rows>& p,
+                                                   const typename Rows::T* bias,
                                                    const TileSums<1, kRows>& sums, int64_t neuron,
                                                    int j, int r) {
   return activate(p.activation, dot_total<1, kRows>(sums, j, 0, r) + bias_at(bias, neuron));

@@ -15,6 +15,7 @@
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 // A kernel's one shared struct; it must need no constructor.
 #define MOYU_SHARED(type, name) __shared__ type name
@@ -22,16 +23,84 @@
 namespace moyu::cuda {
 
 // 16 bytes of weights, used once: they pass by the L1, which belongs to the input rows. Zeros where
-// `wanted` is false: a predicate and not a branch, so that the loads around it stay together.
+// `wanted` is false: a predicate and not a branch, so that the loads around it stay together. Not
+// ld.global.nc: a kernel that starts early lives while its predecessor may still write the weights.
 __device__ __forceinline__ uint4 load_streaming(const uint4* p, bool wanted) {
   uint4 v = {0, 0, 0, 0};
   asm volatile(
       "{\n\t.reg .pred wanted;\n\t"
       "setp.ne.u32 wanted, %5, 0;\n\t"
-      "@wanted ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n\t}"
+      "@wanted ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n\t}"
       : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
       : "l"(p), "r"(static_cast<unsigned>(wanted)));
   return v;
+}
+
+// 8 bytes of packed codes, the same way; `wide` where the address is a multiple of 8, else of 4.
+__device__ __forceinline__ uint2 load_codes(const uint8_t* p, bool wanted, bool wide) {
+  uint2 v = {0, 0};
+  asm volatile(
+      "{\n\t.reg .pred wide, narrow;\n\t"
+      "setp.ne.u32 wide, %3, 0;\n\t"
+      "setp.ne.u32 narrow, %4, 0;\n\t"
+      "@wide ld.global.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];\n\t"
+      "@narrow ld.global.L1::no_allocate.u32 %0, [%2];\n\t"
+      "@narrow ld.global.L1::no_allocate.u32 %1, [%2 + 4];\n\t}"
+      : "+r"(v.x), "+r"(v.y)
+      : "l"(p), "r"(static_cast<unsigned>(wanted && wide)),
+        "r"(static_cast<unsigned>(wanted && !wide)));
+  return v;
+}
+
+// 4 bytes of them.
+__device__ __forceinline__ uint32_t load_code_word(const uint8_t* p, bool wanted) {
+  uint32_t v = 0;
+  asm volatile(
+      "{\n\t.reg .pred wanted;\n\t"
+      "setp.ne.u32 wanted, %2, 0;\n\t"
+      "@wanted ld.global.L1::no_allocate.L2::128B.u32 %0, [%1];\n\t}"
+      : "+r"(v)
+      : "l"(p), "r"(static_cast<unsigned>(wanted)));
+  return v;
+}
+
+// The scale at p, and above it the offset that lies `distance` bytes behind.
+__device__ __forceinline__ uint32_t load_scale(const uint8_t* p, int64_t distance, bool wanted) {
+  uint32_t v = 0;
+  asm volatile(
+      "{\n\t.reg .pred wanted;\n\t.reg .b16 low, high;\n\t"
+      "setp.ne.u32 wanted, %3, 0;\n\t"
+      "mov.b32 {low, high}, %0;\n\t"
+      "@wanted ld.global.u16 low, [%1];\n\t"
+      "@wanted ld.global.u16 high, [%2];\n\t"
+      "mov.b32 %0, {low, high};\n\t}"
+      : "+r"(v)
+      : "l"(p), "l"(p + distance), "r"(static_cast<unsigned>(wanted)));
+  return v;
+}
+
+// c += a b on the tensor cores, by the whole warp: a 16x16, b 16x8, both of Half in pairs along the
+// inner axis, c 16x8 in float32. Lane 4 g + q holds a[g], a[g + 8] at 2 q, 2 q + 1, then both at
+// 2 q + 8, 2 q + 9; b[.][g] at the same places; c[g] and c[g + 8] at 2 q, 2 q + 1.
+template <typename Half>
+__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  if constexpr (std::is_same_v<Half, __half>)
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// Two floats rounded to bfloat16, the first one in the lower half.
+__device__ __forceinline__ uint32_t bfloat16_pair(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
 }
 
 __device__ __forceinline__ void prefetch_l2(const void* p) {

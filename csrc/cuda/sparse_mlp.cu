@@ -3,9 +3,9 @@
 
 namespace moyu::cuda {
 
-template <typename T>
+template <typename Rows>
 struct SparseMlpParams {
-  MlpParams<T> mlp;
+  MlpParams<Rows> mlp;
   ActiveSet set;
   Pieces pieces;
   int64_t capacity;  // entries that set.indices has room for
@@ -59,14 +59,14 @@ __device__ __forceinline__ int32_t listed(const SparseMlpShared<kRows>& s, const
   return set.indices[f * low / pieces.blocks + k - before];
 }
 
-template <typename T, int kWidth, int kRows>
+template <typename Rows, int kRows>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
-    sparse_mlp_kernel(SparseMlpParams<T> params) {
+    sparse_mlp_kernel(SparseMlpParams<Rows> params) {
   static_assert(kMaxBlocks == 2 * kThreads);
   MOYU_SHARED(SparseMlpShared<kRows>, s);
   wait_for_previous_kernel();
   allow_next_kernel();
-  const MlpParams<T>& p = params.mlp;
+  const MlpParams<Rows>& p = params.mlp;
   const ActiveSet& set = params.set;
   const int count = params.pieces.counts == nullptr ? clamped_count(set.count, params.capacity)
                                                     : find_pieces(s, params.pieces);
@@ -81,28 +81,27 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
       s.neurons[threadIdx.x] = s.valid[threadIdx.x] ? neuron : 0;
     }
     __syncthreads();
-    if (p.gate != nullptr) {
-      const T* const weights[2] = {p.gate, p.up};
-      dot_products<2, T, kWidth, kRows>(weights, s.neurons, n, p.x, p.rows, p.d, s.sums.pair);
+    if (p.gate) {
+      const typename Rows::Matrix weights[2] = {p.gate, p.up};
+      Rows::template dot_products<2, kRows>(weights, s.neurons, n, p.x, p.rows, p.d, s.sums.pair);
     } else {
-      const T* const weights[1] = {p.up};
-      dot_products<1, T, kWidth, kRows>(weights, s.neurons, n, p.x, p.rows, p.d, s.sums.single);
+      const typename Rows::Matrix weights[1] = {p.up};
+      Rows::template dot_products<1, kRows>(weights, s.neurons, n, p.x, p.rows, p.d, s.sums.single);
     }
-    prefetch_rows(p.down_t, s.neurons, n, p.d);
+    Rows::prefetch(p.down_t, s.neurons, n, p.d);
     __syncthreads();
     for (int slot = threadIdx.x; slot < n * kRows; slot += kThreads) {
       const int j = slot / kRows, r = slot % kRows;
       const int64_t neuron = s.neurons[j];
       float a = 0.0f;
       if (r < p.rows && s.valid[j] && (set.mask == nullptr || set.mask[r * p.f + neuron] != 0))
-        a = p.gate != nullptr
-                ? gated_activation<T, kRows>(p, s.sums.pair, neuron, j, r)
-                : single_activation<T, kRows>(p, p.up_bias, s.sums.single, neuron, j, r);
+        a = p.gate ? gated_activation<Rows, kRows>(p, s.sums.pair, neuron, j, r)
+                   : single_activation<Rows, kRows>(p, p.up_bias, s.sums.single, neuron, j, r);
       s.values[j][r] = a;
     }
     __syncthreads();
-    scaled_sum<T, kWidth, kRows>(p.down_t, s.neurons, s.values, n, p.rows, p.d, first > begin,
-                                 partial);
+    Rows::template scaled_sum<kRows>(p.down_t, s.neurons, s.values, n, p.rows, p.d, first > begin,
+                                     partial);
     __syncthreads();  // the next tile writes what this one reads
     first += kTile;
   } while (first < end);
@@ -112,10 +111,11 @@ void launch_given(const char* op, const Mlp& mlp, int64_t first, int64_t rows, c
                   int64_t capacity, const Pieces& pieces, const BlockCounts& counted,
                   float* workspace, void* stream) {
   const int64_t blocks = persistent_blocks(op, mlp.f);
-  dispatch(mlp.dtype, mlp_aligned(mlp, workspace), rows, [&]<typename T, int kWidth, int kRows>() {
-    launch(op, sparse_mlp_kernel<T, kWidth, kRows>, blocks, kThreads, stream,
-           SparseMlpParams<T>{mlp_params<T>(mlp, first, rows, workspace), set, pieces, capacity});
-    auto reduce = mlp_reduce_params<T>(mlp, first, rows, blocks, workspace);
+  dispatch_mlp(op, mlp, workspace, rows, [&]<typename Rows, int kRows>() {
+    launch(op, sparse_mlp_kernel<Rows, kRows>, blocks, kThreads, stream,
+           SparseMlpParams<Rows>{mlp_params<Rows>(mlp, first, rows, workspace), set, pieces,
+                                 capacity});
+    auto reduce = mlp_reduce_params<typename Rows::T>(mlp, first, rows, blocks, workspace);
     reduce.block_counts = counted.of_blocks;
     reduce.counts = counted.counts;
     launch_reduce(op, reduce, stream);

@@ -5,9 +5,9 @@
 
 namespace moyu::cuda {
 
-template <typename T>
+template <typename Rows>
 struct ThresholdMlpParams {
-  MlpParams<T> mlp;
+  MlpParams<Rows> mlp;
   const float* scale;     // [f] or null
   const float* epsilon;   // [1]
   int32_t* block_counts;  // [blocks, kMaxRows]
@@ -48,17 +48,17 @@ __device__ __forceinline__ void compact_tile(ThresholdMlpShared<kRows>& s, int n
   if (lane == 0) s.kept = kept;
 }
 
-template <typename T, int kWidth, int kRows>
+template <typename Rows, int kRows>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
-    threshold_mlp_kernel(ThresholdMlpParams<T> params) {
+    threshold_mlp_kernel(ThresholdMlpParams<Rows> params) {
   MOYU_SHARED(ThresholdMlpShared<kRows>, s);
   wait_for_previous_kernel();
   allow_next_kernel();
-  const MlpParams<T>& p = params.mlp;
+  const MlpParams<Rows>& p = params.mlp;
   const float epsilon = *params.epsilon;
-  const bool pair = p.gate != nullptr && !params.gate_decides;
-  const T* const deciding = p.gate != nullptr ? p.gate : p.up;
-  const T* const deciding_bias = p.gate != nullptr ? p.gate_bias : p.up_bias;
+  const bool pair = p.gate && !params.gate_decides;
+  const typename Rows::Matrix deciding = p.gate ? p.gate : p.up;
+  const typename Rows::T* const deciding_bias = p.gate ? p.gate_bias : p.up_bias;
   const int begin = share_begin(p.f, blockIdx.x), end = share_begin(p.f, blockIdx.x + 1);
   float* const partial = p.partial + blockIdx.x * p.rows * p.d;
   const int row_counted = static_cast<int>(threadIdx.x) - 32;  // warp 1 counts, a row a lane
@@ -69,19 +69,19 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     if (static_cast<int>(threadIdx.x) < n) s.neurons[threadIdx.x] = first + threadIdx.x;
     __syncthreads();
     if (pair) {
-      const T* const weights[2] = {p.gate, p.up};
-      dot_products<2, T, kWidth, kRows>(weights, s.neurons, n, p.x, p.rows, p.d, s.sums.pair);
+      const typename Rows::Matrix weights[2] = {p.gate, p.up};
+      Rows::template dot_products<2, kRows>(weights, s.neurons, n, p.x, p.rows, p.d, s.sums.pair);
     } else {
-      const T* const weights[1] = {deciding};
-      dot_products<1, T, kWidth, kRows>(weights, s.neurons, n, p.x, p.rows, p.d, s.sums.single);
+      const typename Rows::Matrix weights[1] = {deciding};
+      Rows::template dot_products<1, kRows>(weights, s.neurons, n, p.x, p.rows, p.d, s.sums.single);
     }
     __syncthreads();
     for (int slot = threadIdx.x; slot < n * kRows; slot += kThreads) {
       const int j = slot / kRows, r = slot % kRows;
       const int64_t neuron = first + j;
       const float v =
-          pair ? gated_activation<T, kRows>(p, s.sums.pair, neuron, j, r)
-               : single_activation<T, kRows>(p, deciding_bias, s.sums.single, neuron, j, r);
+          pair ? gated_activation<Rows, kRows>(p, s.sums.pair, neuron, j, r)
+               : single_activation<Rows, kRows>(p, deciding_bias, s.sums.single, neuron, j, r);
       const float score = fabsf(v) * (params.scale == nullptr ? 1.0f : params.scale[neuron]);
       s.decided[j][r] = v;
       s.active[j][r] = r < p.rows && !(score < epsilon);
@@ -95,10 +95,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     __syncthreads();
     const int kept = s.kept;
     if (params.gate_decides) {
-      const T* const weights[1] = {p.up};
-      dot_products<1, T, kWidth, kRows>(weights, s.kept_neurons, kept, p.x, p.rows, p.d,
-                                        s.sums.single);
-      prefetch_rows(p.down_t, s.kept_neurons, kept, p.d);
+      const typename Rows::Matrix weights[1] = {p.up};
+      Rows::template dot_products<1, kRows>(weights, s.kept_neurons, kept, p.x, p.rows, p.d,
+                                            s.sums.single);
+      Rows::prefetch(p.down_t, s.kept_neurons, kept, p.d);
       __syncthreads();
     }
     for (int slot = threadIdx.x; slot < kept * kRows; slot += kThreads) {
@@ -112,8 +112,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
       s.values[k][r] = a;
     }
     __syncthreads();
-    scaled_sum<T, kWidth, kRows>(p.down_t, s.kept_neurons, s.values, kept, p.rows, p.d,
-                                 first > begin, partial);
+    Rows::template scaled_sum<kRows>(p.down_t, s.kept_neurons, s.values, kept, p.rows, p.d,
+                                     first > begin, partial);
     __syncthreads();  // the next tile writes what this one reads
     first += kTile;
   } while (first < end);
@@ -123,16 +123,16 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 
 void threshold_mlp(const Mlp& mlp, Plan plan, const float* scale, const float* epsilon,
                    int32_t* counts, float* workspace, void* stream) {
-  const bool aligned = mlp_aligned(mlp, workspace);
   const int64_t blocks = persistent_blocks("threshold_mlp", mlp.f);
   for (int64_t first = 0; first < mlp.rows; first += kMaxRows) {
     const int64_t n = std::min(kMaxRows, mlp.rows - first);
     int32_t* const block_counts = block_counts_in(workspace, blocks, n, mlp.d);
-    dispatch(mlp.dtype, aligned, n, [&]<typename T, int kWidth, int kRows>() {
-      launch("threshold_mlp", threshold_mlp_kernel<T, kWidth, kRows>, blocks, kThreads, stream,
-             ThresholdMlpParams<T>{mlp_params<T>(mlp, first, n, workspace), scale, epsilon,
-                                   block_counts, plan == Plan::kGate && static_cast<bool>(mlp.gate)});
-      auto reduce = mlp_reduce_params<T>(mlp, first, n, blocks, workspace);
+    dispatch_mlp("threshold_mlp", mlp, workspace, n, [&]<typename Rows, int kRows>() {
+      launch("threshold_mlp", threshold_mlp_kernel<Rows, kRows>, blocks, kThreads, stream,
+             ThresholdMlpParams<Rows>{mlp_params<Rows>(mlp, first, n, workspace), scale, epsilon,
+                                      block_counts,
+                                      plan == Plan::kGate && static_cast<bool>(mlp.gate)});
+      auto reduce = mlp_reduce_params<typename Rows::T>(mlp, first, n, blocks, workspace);
       reduce.block_counts = block_counts;
       reduce.counts = counts + first;
       launch_reduce("threshold_mlp", reduce, stream);

@@ -1,7 +1,9 @@
-// The two loops that everything is made of, each run by a whole block for up to kTile neurons:
-// dot products of gathered weight rows with the input rows, and the scaled sum of gathered
-// neuron-major rows. All threads of a block walk along d together, so that every warp has the same
-// work however few neurons the block has, and several neurons' loads are in flight at once.
+// What everything is made of: a block's work on up to kTile neurons, in two loops that a kind of rows
+// supplies (plain_rows.cuh, packed_rows.cuh):
+//   dot_products  of gathered weight rows with the input rows, into TileSums
+//   scaled_sum    of gathered neuron-major rows, into a partial output
+// A kind Rows also names the type of x (Rows::T) and how it sees a matrix (Rows::Matrix, false where
+// there is none).
 #pragma once
 
 #include "common.cuh"
@@ -9,54 +11,9 @@
 namespace moyu::cuda {
 
 // sums[warp][j][m][r] = this warp's part of weights[m][neurons[j]] . x[r]; the caller adds up the
-// warps behind a barrier (dot_total). Rows from `rows` to kRows repeat the last one: no branch.
+// warps behind a barrier (dot_total). Rows from `rows` to kRows repeat another one: no branch.
 template <int kMatrices, int kRows>
 using TileSums = float[kWarps][kTile][kMatrices][kRows];
-
-template <int kMatrices, typename T, int kWidth, int kRows>
-__device__ __forceinline__ void dot_products(const T* const (&weights)[kMatrices],
-                                             const int32_t* neurons, int n, const T* x, int rows,
-                                             int64_t d, TileSums<kMatrices, kRows>& sums) {
-  // Neurons at once: 8 loads of 16 bytes in flight per thread, and at most 32 sums, which is what
-  // one warp reduces in 31 shuffles.
-  constexpr int kMost = 32 / (kMatrices * kRows);
-  constexpr int kBatch = kMost < 8 / kMatrices ? kMost : 8 / kMatrices;
-  constexpr int kValues = kBatch * kMatrices * kRows;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  for (int j0 = 0; j0 < n; j0 += kBatch) {
-    float acc[kValues] = {};
-    for (int64_t c = int64_t{threadIdx.x} * kWidth; c < d; c += kThreads * kWidth) {
-      Vector<T, kWidth> w[kBatch][kMatrices];
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        const int64_t row = neurons[min(j0 + b, n - 1)] * d + c;
-#pragma unroll
-        for (int m = 0; m < kMatrices; ++m)
-          w[b][m] = load_weights<T, kWidth>(weights[m] + row, j0 + b < n);
-      }
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        const auto in = load_input<T, kWidth>(x + min(r, rows - 1) * d + c);
-        float xf[kWidth];
-#pragma unroll
-        for (int e = 0; e < kWidth; ++e) xf[e] = unpack(in, e);
-#pragma unroll
-        for (int b = 0; b < kBatch; ++b)
-#pragma unroll
-          for (int m = 0; m < kMatrices; ++m)
-#pragma unroll
-            for (int e = 0; e < kWidth; ++e)
-              acc[(b * kMatrices + m) * kRows + r] += unpack(w[b][m], e) * xf[e];
-      }
-    }
-    const float total = warp_sum(acc);
-    constexpr int kLanesPerValue = 32 / kValues;
-    const int value = lane / kLanesPerValue;
-    const int j = j0 + value / (kMatrices * kRows);
-    if (lane % kLanesPerValue == 0 && j < n)
-      sums[warp][j][value / kRows % kMatrices][value % kRows] = total;
-  }
-}
 
 // The dot product that the warps made together.
 template <int kMatrices, int kRows>
@@ -68,58 +25,14 @@ __device__ __forceinline__ float dot_total(const TileSums<kMatrices, kRows>& sum
   return total;
 }
 
-// partial[r] = (add ? partial[r] : 0) + sum over j < n of values[j][r] * weight_t[neurons[j]].
-// A thread keeps its columns of partial from tile to tile, so that needs no barrier.
-template <typename T, int kWidth, int kRows>
-__device__ __forceinline__ void scaled_sum(const T* weight_t, const int32_t* neurons,
-                                           const float (*values)[kRows], int n, int rows, int64_t d,
-                                           bool add, float* partial /* [rows, d] */) {
-  constexpr int kBatch = kRows <= 4 ? 8 : 4;  // loads in flight, as registers allow
-  for (int64_t c = int64_t{threadIdx.x} * kWidth; c < d; c += kThreads * kWidth) {
-    float acc[kRows][kWidth] = {};
-    for (int j0 = 0; j0 < n; j0 += kBatch) {
-      Vector<T, kWidth> w[kBatch];
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b)
-        w[b] = load_weights<T, kWidth>(weight_t + neurons[min(j0 + b, n - 1)] * d + c, j0 + b < n);
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        if (j0 + b >= n) break;
-#pragma unroll
-        for (int r = 0; r < kRows; ++r)
-#pragma unroll
-          for (int e = 0; e < kWidth; ++e) acc[r][e] += values[j0 + b][r] * unpack(w[b], e);
-      }
-    }
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      if (r >= rows) break;
-      float* const out = partial + r * d + c;
-      if constexpr (kWidth > 1) {
-#pragma unroll
-        for (int e = 0; e < kWidth; e += 4) {
-          float4* const out4 = reinterpret_cast<float4*>(out + e);
-          float4 v = {acc[r][e], acc[r][e + 1], acc[r][e + 2], acc[r][e + 3]};
-          if (add) v = {out4->x + v.x, out4->y + v.y, out4->z + v.z, out4->w + v.w};
-          *out4 = v;
-        }
-      } else {
-        *out = add ? *out + acc[r][0] : acc[r][0];
-      }
-    }
-  }
-}
-
 // Asks the L2 for the first rows of the next loop, before the barrier in front of it: memory
 // would be idle there otherwise. More than a few rows would only be evicted before their use.
-template <typename T>
-__device__ __forceinline__ void prefetch_rows(const T* weight, const int32_t* neurons, int n,
-                                              int64_t d) {
+__device__ __forceinline__ void prefetch_rows(const void* rows, const int32_t* neurons, int n,
+                                              int64_t row_bytes) {
   constexpr int kRowsAhead = 4, kLine = 128;
-  const int64_t bytes = d * static_cast<int64_t>(sizeof(T));
   for (int j = 0; j < min(n, kRowsAhead); ++j) {
-    const char* const row = reinterpret_cast<const char*>(weight + neurons[j] * d);
-    for (int64_t at = int64_t{threadIdx.x} * kLine; at < bytes; at += kThreads * kLine)
+    const char* const row = static_cast<const char*>(rows) + neurons[j] * row_bytes;
+    for (int64_t at = int64_t{threadIdx.x} * kLine; at < row_bytes; at += kThreads * kLine)
       prefetch_l2(row + at);
   }
 }

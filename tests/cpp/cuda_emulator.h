@@ -265,6 +265,9 @@ inline void run(const char* op, int64_t blocks, int threads, const std::function
   }
 }
 
+// What the lanes of each warp bring to a matrix product: a, then b.
+inline uint32_t mma_words[32][32][6];
+
 inline float bits_to_float(uint64_t v) { return __uint_as_float(static_cast<uint32_t>(v)); }
 
 }  // namespace emulator
@@ -314,6 +317,51 @@ inline int dot4(unsigned a, unsigned b, int c) {
   for (int byte = 0; byte < 32; byte += 8)
     c += static_cast<int>(a >> byte & 0xff) * static_cast<int8_t>(b >> byte & 0xff);
   return c;
+}
+inline uint2 load_codes(const uint8_t* p, bool wanted, bool wide) {
+  if (reinterpret_cast<uintptr_t>(p) % (wide ? 8 : 4) != 0)
+    emulator::Block::fail("misaligned address of an 8-byte load");
+  uint2 v = {0, 0};
+  if (wanted) std::memcpy(&v, p, 8);
+  return v;
+}
+inline uint32_t load_code_word(const uint8_t* p, bool wanted) {
+  if (reinterpret_cast<uintptr_t>(p) % 4 != 0)
+    emulator::Block::fail("misaligned address of a 4-byte load");
+  uint32_t v = 0;
+  if (wanted) std::memcpy(&v, p, 4);
+  return v;
+}
+inline uint32_t load_scale(const uint8_t* p, int64_t distance, bool wanted) {
+  if (reinterpret_cast<uintptr_t>(p) % 2 != 0 || distance % 2 != 0)
+    emulator::Block::fail("misaligned address of a 2-byte load");
+  uint16_t v[2] = {0, 0};
+  if (wanted) std::memcpy(&v[0], p, 2), std::memcpy(&v[1], p + distance, 2);
+  return v[0] | uint32_t{v[1]} << 16;
+}
+inline uint32_t bfloat16_pair(float low, float high) {
+  return __float2bfloat16_rn(low).bits | uint32_t{__float2bfloat16_rn(high).bits} << 16;
+}
+template <typename Half>
+inline void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], MOYU_CALLER) {
+  auto& lanes = emulator::mma_words[threadIdx.x / 32];
+  const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  for (int i = 0; i < 4; ++i) lanes[lane][i] = a[i];
+  for (int i = 0; i < 2; ++i) lanes[lane][4 + i] = b[i];
+  emulator::Block::current()->ballot(0xffffffffu, true, MOYU_SITE("mma"));
+  const auto number = [&](int from, int word, int k) {
+    const auto bits = static_cast<uint16_t>(lanes[from][word] >> 16 * (k % 2));
+    if constexpr (std::is_same_v<Half, __half>) return __half2float({bits});
+    return __bfloat162float({bits});
+  };
+  for (int i = 0; i < 4; ++i) {  // c[g + 8 * (i / 2)][2 q + i % 2]
+    const int column = 2 * q + i % 2;
+    for (int k = 0; k < 16; ++k)
+      c[i] += number(4 * g + k % 8 / 2, k / 8 * 2 + i / 2, k) *
+              number(4 * column + k % 8 / 2, 4 + k / 8, k);
+  }
+  // Nobody brings the next words before all have read these.
+  emulator::Block::current()->ballot(0xffffffffu, true, MOYU_SITE("mma, read"));
 }
 inline void prefetch_l2(const void*) {}
 inline void wait_for_previous_kernel() { emulator::Block::current()->self().waited = true; }

@@ -172,29 +172,31 @@ inline double activated(moyu::Activation kind, double h) {
   return h;
 }
 
-// One MLP with random weights, and what float64 makes of it.
-template <typename T>
+// One MLP with random weights, and what float64 makes of it. W: what the weights are compared as,
+// where they are packed not T.
+template <typename T, typename W = T>
 struct Problem {
   int64_t rows, d, f;
   bool gated, biased;
   moyu::Activation activation;
-  std::vector<T> x, gate, up, down_t, gate_bias, up_bias, down_bias;
+  std::vector<T> x, gate_bias, up_bias, down_bias;
+  std::vector<W> gate, up, down_t;
 
   Problem(int64_t rows, int64_t d, int64_t f, bool gated = true, bool biased = false,
           moyu::Activation activation = moyu::Activation::kSilu)
       : rows(rows), d(d), f(f), gated(gated), biased(biased), activation(activation) {
     const double deviation = 1 / std::sqrt(static_cast<double>(d));
     x = normal<T>(rows * d, 1);
-    if (gated) gate = normal<T>(f * d, deviation);
-    up = normal<T>(f * d, deviation);
-    down_t = normal<T>(f * d, deviation);
+    if (gated) gate = normal<W>(f * d, deviation);
+    up = normal<W>(f * d, deviation);
+    down_t = normal<W>(f * d, deviation);
     if (!biased) return;
     if (gated) gate_bias = normal<T>(f, 0.3);
     up_bias = normal<T>(f, 0.3);
     down_bias = normal<T>(d, 0.3);
   }
 
-  double dot(const std::vector<T>& weight, const std::vector<T>& bias, int64_t r, int64_t i) const {
+  double dot(const std::vector<W>& weight, const std::vector<T>& bias, int64_t r, int64_t i) const {
     double sum = bias.empty() ? 0 : value_of(bias[i]);
     for (int64_t c = 0; c < d; ++c) sum += value_of(weight[i * d + c]) * value_of(x[r * d + c]);
     return sum;
@@ -217,11 +219,10 @@ struct Problem {
 
 // Compares out [rows, d] with sum over i of a[r, i] * weight_t[i] + bias, where a is 0 for neurons
 // that are off. Allowed: the rounding to T, and float32's error on sums of this size.
-template <typename T>
+template <typename T, typename W>
 void check_sum(const std::vector<T>& out, const std::vector<double>& a,
-               const std::vector<T>& weight_t, const std::vector<T>& bias, int64_t rows, int64_t d,
-               int64_t f, const std::string& what) {
-  constexpr double kAllowed = 4e-6;
+               const std::vector<W>& weight_t, const std::vector<T>& bias, int64_t rows, int64_t d,
+               int64_t f, const std::string& what, double part = 4e-6) {
   double worst = 0;
   int64_t at = 0;
   for (int64_t r = 0; r < rows; ++r)
@@ -234,7 +235,7 @@ void check_sum(const std::vector<T>& out, const std::vector<double>& a,
         squares += (1 + a[r * f + i] * a[r * f + i]) * w * w;
       }
       const double allowed =
-          kUnit<T> * std::fabs(sum) * 1.001 + kAllowed * std::sqrt(squares) + 0x1p-25;
+          kUnit<T> * std::fabs(sum) * 1.001 + part * std::sqrt(squares) + 0x1p-25;
       const double error = std::fabs(value_of(out[r * d + c]) - sum) / allowed;
       if (std::isnan(worst) || error <= worst) continue;
       worst = error;  // also a NaN, which then stays

@@ -2,6 +2,7 @@
 //   g++ -std=c++20 -O1 -DMOYU_CUDA_EMULATOR -I tests/cpp tests/cpp/test_cuda_kernels.cpp
 //   nvcc -std=c++20 -x cu tests/cpp/test_cuda_kernels.cpp csrc/cuda/*.cu
 // The first runs on the emulator, in several thread orders, and needs neither CUDA nor a GPU.
+#include "cuda_packed_tests.h"
 #include "cuda_shadow_tests.h"
 
 #if defined(MOYU_CUDA_EMULATOR)
@@ -12,6 +13,7 @@
 #include "../../csrc/cuda/sparse_mlp.cu"
 #include "../../csrc/cuda/threshold_compact.cu"
 #include "../../csrc/cuda/threshold_mlp.cu"
+#include "../../csrc/cuda/unpack_rows.cu"
 #include "cuda_emulator_checks.h"
 #endif
 
@@ -340,6 +342,9 @@ void test_everything() {
   test_type<float>();
   test_type<__half>();
   test_type<__nv_bfloat16>();
+  test_packed_type<float>();
+  test_packed_type<__half>();
+  test_packed_type<__nv_bfloat16>();
   test_shadow();
   emulator::config.multiprocessors = 1;  // several tiles a block
   sparse_case(Problem<__half>(2, 64, 300), Set::kHalf, true);
@@ -363,11 +368,14 @@ void test_everything() {
 #else
   test_threshold_compact();
   test_type<__half>();
+  test_packed_type<__half>();
   test_shadow();
   const char* brief = std::getenv("MOYU_TEST_BRIEF");  // under compute-sanitizer, which is slow
   if (brief == nullptr || brief[0] != '1') {
     test_type<float>();
     test_type<__nv_bfloat16>();
+    test_packed_type<float>();
+    test_packed_type<__nv_bfloat16>();
   }
 #endif
   test_nan_reaches_the_output();

@@ -113,9 +113,7 @@ def measure_mlp(
             make_row(
                 name="mlp",
                 device=machine.label,
-                dtype=str(dtype if fmt is None or case.operator == "torch" else fmt).removeprefix(
-                    "torch."
-                ),
+                dtype=dtype_name(dtype, fmt, case),
                 geometry=size.name,
                 method=case.operator,
                 plan=case.plan,
@@ -132,6 +130,12 @@ def measure_mlp(
             for i, case in enumerate(timing.cases)
         ]
     return MlpResult(found, machine, bandwidth.by_reader, count, machine.warnings())
+
+
+def dtype_name(dtype: torch.dtype, fmt: Format | None, case: Case) -> str:
+    """What a row calls the weights that a case reads."""
+    plain = fmt is None or isinstance(case, TorchDense)
+    return str(dtype).removeprefix("torch.") if plain else str(fmt)
 
 
 def check_request(

@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConfigurationError
+from ..packing.rows import Format
 from ..reference import ACTIVATIONS
 from .cases import Case, TorchDense, takes_density
 from .geometries import Geometry
 from .input_mask import InputMask, why_not
 from .machine import Machine
-from .mlp import MlpResult, check_request
+from .mlp import MlpResult, check_request, dtype_name
 from .rows import Row, make_row, quantile
 from .weights import Filler, MlpLayer, mlp_layer
 
@@ -101,7 +102,7 @@ class _Compiled(TorchDense):
 
     def call(self, k: int) -> Tensor:
         """See `Case`."""
-        w = self.layers[k].weights
+        w = self.layers[k].plain
         biases = (w.gate_bias, w.up_bias, w.down_bias)
         out: Tensor = self._mlp(self.x, w.gate, w.up, self.downs[k], *biases, w.activation)
         return out
@@ -130,6 +131,8 @@ def measure_mlp_cuda(
     densities: Sequence[float] = (1.0, 0.5, 0.33, 0.1),
     rows: Sequence[int] = (1,),
     *,
+    bits: int | None = None,
+    group: int | None = None,
     repeats: int = 200,
     layers: int | None = None,
     seed: int = 0,
@@ -149,16 +152,21 @@ def measure_mlp_cuda(
     """
     size, cases = check_request(size, dtype, plans, densities, rows, repeats, layers)
     device = require_gpu()
+    fmt = None if bits is None else Format(bits, 64 if group is None else group)
     machine = dataclasses.replace(Machine.look(), device=_device_name(device))
     warnings = machine.warnings()
-    reason = why_not()
+    reason = why_not() if fmt is None else "it has no packed weights"
     if reason is not None:
         warnings.append(f"the input-masking peer is left out: {reason}")
-    one = size.matrices * size.d * size.f * dtype.itemsize
+    one = (
+        size.matrices * size.f * (size.d * dtype.itemsize if fmt is None else fmt.row_bytes(size.d))
+    )
     touched = one * max(0.02, min((density for _, density in cases), default=1.0))
-    count = layers or min(16, max(4, math.ceil(4 * _l2_bytes(device) / touched)))
+    count = layers or min(
+        16 if fmt is None else 48, max(4, math.ceil(4 * _l2_bytes(device) / touched))
+    )
     filler = Filler(dtype, seed, device)
-    mlps = [mlp_layer(size, filler) for _ in range(count)]
+    mlps = [mlp_layer(size, filler, fmt) for _ in range(count)]
     copies = [torch.zeros(COPY_BYTES, dtype=torch.uint8, device=device) for _ in range(2)]
     copy_times: list[float] = []
     found: list[Row] = []
@@ -180,7 +188,7 @@ def measure_mlp_cuda(
                 make_row(
                     name="mlp",
                     device=machine.device,
-                    dtype=str(dtype).removeprefix("torch."),
+                    dtype=dtype_name(dtype, fmt, t.case),
                     geometry=size.name,
                     method=t.method,
                     plan=t.case.plan,

@@ -111,8 +111,6 @@ def mlp(
     _check_files(csv, json)
     if device not in ("cpu", "cuda"):
         raise ConfigurationError(f"device is {device!r}; expected cpu or cuda")
-    if device == "cuda" and bits is not None:
-        raise ConfigurationError("packed weights (--bits) run on the CPU only; leave --device out")
     packed: dict[str, Any] = {} if bits is None else {"bits": bits, "group": group}
     with steps("MLP") as step:
         step("building", 0, 1)

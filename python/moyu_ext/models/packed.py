@@ -20,6 +20,7 @@ Model = TypeVar("Model", bound=nn.Module)
 # A head decides between words that are near each other: with fewer bits it costs more than the
 # layers do, and it is one matrix of many.
 HEAD_BITS = 8
+CUDA_BITS = (4, 8)
 QUANT_METHOD = "moyu"  # in a configuration
 
 
@@ -50,14 +51,14 @@ def pack(
 
     Raises ConfigurationError for bits or groups that do not exist, patterns that no layer fits, and
     weights that are not finite; UnsupportedModelError where there is no linear layer, or one that
-    cannot be read (meta, offloaded, quantised, float64); PatchStateError for a model that is
-    patched, packed or in training mode. After an error the model is as it was; an interrupt leaves
-    it packed in part.
+    cannot be read (meta, offloaded, quantised, float64), or that lies on a GPU, where packed
+    weights have 4 or 8 bits; PatchStateError for a model that is patched, packed or in training
+    mode. After an error the model is as it was; an interrupt leaves it packed in part.
     """
     _check_state(model)
     formats = plan(model, bits, group)
-    for name in formats:
-        _check_layer(name, model.get_submodule(name))
+    for name, fmt in formats.items():
+        _check_layer(name, model.get_submodule(name), fmt)
     transposed = down_projections(model)
     tied = tied_heads(model)
     with steps("packing", progress) as step:
@@ -161,7 +162,7 @@ def _check_state(model: nn.Module) -> None:
         )
 
 
-def _check_layer(name: str, layer: Any) -> None:
+def _check_layer(name: str, layer: Any, fmt: Format) -> None:
     weight = layer.weight
     if type(layer) is not nn.Linear or type(weight) not in (nn.Parameter, Tensor):
         raise UnsupportedModelError(
@@ -178,10 +179,15 @@ def _check_layer(name: str, layer: Any) -> None:
             f"{name}.weight has dtype {weight.dtype}; expected float32, float16 or bfloat16: load "
             "the model unquantised, or convert it with model.to(torch.bfloat16)"
         )
-    if weight.device.type != "cpu":
+    if weight.device.type not in ("cpu", "cuda"):
         raise UnsupportedModelError(
-            f"{name}.weight is on {weight.device}; packed weights run on the CPU: pack the model "
-            "there (model.cpu())"
+            f"{name}.weight is on {weight.device}; packed weights run on cpu and cuda: pack the "
+            "model there (model.cpu())"
+        )
+    if weight.is_cuda and fmt.bits not in CUDA_BITS:
+        raise UnsupportedModelError(
+            f"{name}.weight is on {weight.device}, where packed weights have 4 or 8 bits, not "
+            f"{fmt.bits}; pass bits=4 or 8, or pack the model on the CPU (model.cpu())"
         )
     check_finite(name, weight.detach())
 

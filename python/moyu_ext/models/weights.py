@@ -123,7 +123,7 @@ class MlpWeights:
         """W_down a + bias: [..., f] -> [..., d]."""
         if self.packed is not None:
             return linear_t(a, self.down_t, self.d, self.down_bias)
-        if a.is_cpu and not native(a.dtype) and a.numel() > ops.MAX_ROWS * self.f:
+        if not native(a) and a.numel() > ops.MAX_ROWS * self.f:
             # torch's matmul takes 70 times as long where a weight of this dtype is transposed.
             return F.linear(a, self.down_t.t().contiguous(), self.down_bias)
         return F.linear(a, self.down_t.t(), self.down_bias)

@@ -32,8 +32,9 @@ from ..errors import ConfigurationError
 BLOCK = 64
 BITS = (3, 4, 5, 6, 8)
 GROUPS = (32, 64)
-# Rows whose codes are held unpacked at a time, in elements.
-_CHUNK = 1 << 22
+# Rows whose codes are held unpacked at a time, in elements: what a CPU's caches hold, or what keeps
+# a GPU busy.
+_CHUNK, _CUDA_CHUNK = 1 << 22, 1 << 26
 
 
 @dataclass(frozen=True)
@@ -144,13 +145,18 @@ def unpack_codes(rows: Tensor, d: int) -> Codes:
 
 def unpack_rows(rows: Tensor, d: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Packed rows as a matrix [n, d] of dtype (float32, float16, bfloat16)."""
-    out = torch.empty(rows.shape[0], d, dtype=dtype)
+    out = torch.empty(rows.shape[0], d, dtype=dtype, device=rows.device)
     ops.unpack_rows(rows, out)
     return out
 
 
+def native(x: Tensor) -> bool:
+    """Whether torch multiplies matrices of x's dtype, where x is, by instructions made for that."""
+    return not x.is_cpu or _native_on_cpu(x.dtype)
+
+
 @cache
-def native(dtype: torch.dtype) -> bool:
+def _native_on_cpu(dtype: torch.dtype) -> bool:
     """Whether torch multiplies matrices of this dtype on this CPU by instructions of its own.
 
     Where it does not (no AVX-512), bfloat16 takes 3 to 5 times as long as float32, and 200 times
@@ -175,8 +181,8 @@ def linear(x: Tensor, rows: Tensor, bias: Tensor | None = None) -> Tensor:
     if 0 < x.numel() <= ops.MAX_ROWS * d:
         return ops.gather_gemv(x.contiguous(), rows, None, None, bias).to(x.dtype)
     out = x.new_empty(*x.shape[:-1], n)
-    wide = x if native(x.dtype) else x.float()
-    step = max(1, _CHUNK // d)
+    wide = x if native(x) else x.float()
+    step = _rows_at_once(x, d)
     for start in range(0, n, step):
         part = slice(start, start + step)
         some = F.linear(wide, unpack_rows(rows[part], d, wide.dtype))
@@ -190,9 +196,9 @@ def linear_t(a: Tensor, rows: Tensor, d: int, bias: Tensor | None = None) -> Ten
         out = ops.gather_gemv_t(a.float().contiguous(), rows, None, None, None, d)
         return (out if bias is None else out + bias.float()).to(a.dtype)
     flat = a.reshape(-1, a.shape[-1])
-    flat = flat if native(a.dtype) else flat.float()
+    flat = flat if native(flat) else flat.float()
     out = torch.zeros(flat.shape[0], d, device=a.device, dtype=torch.float32)
-    step = max(1, _CHUNK // d)
+    step = _rows_at_once(a, d)
     for start in range(0, flat.shape[1], step):
         part = slice(start, start + step)
         w = unpack_rows(rows[part], d, flat.dtype)
@@ -202,6 +208,10 @@ def linear_t(a: Tensor, rows: Tensor, d: int, bias: Tensor | None = None) -> Ten
             out += flat[:, part] @ w
     out = out if bias is None else out + bias.float()
     return out.to(a.dtype).view(*a.shape[:-1], d)
+
+
+def _rows_at_once(x: Tensor, d: int) -> int:
+    return max(1, (_CHUNK if x.is_cpu else _CUDA_CHUNK) // d)
 
 
 def _pairs(c: Tensor) -> Tensor:
