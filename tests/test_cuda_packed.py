@@ -93,7 +93,7 @@ def test_an_mlp(size: tuple[int, int], formats: tuple[int, int, int], dtype: tor
         got = ops.sparse_mlp(x.cuda(), *mlp, indices.cuda(), count.cuda(), None, "silu")
         close(got, kept @ wide[2], dtype, 16)
         ordered = gates.abs().flatten().sort().values
-        near = ordered[ordered.numel() // 2 :][:32]
+        near = ordered[ordered.numel() // 2 :][:512]
         epsilon = (near[1:] + near[:-1])[(near[1:] - near[:-1]).argmax()] / 2
         got, counts = ops.threshold_mlp(
             x.cuda(), *mlp, None, epsilon.float().view(1).cuda(), "silu", "gate"

@@ -64,6 +64,20 @@ __device__ __forceinline__ uint32_t load_code_word(const uint8_t* p, bool wanted
   return v;
 }
 
+// 2 bytes in the lower half.
+__device__ __forceinline__ uint32_t load_short(const uint8_t* p, bool wanted) {
+  uint32_t v = 0;
+  asm volatile(
+      "{\n\t.reg .pred wanted;\n\t.reg .b16 low, high;\n\t"
+      "setp.ne.u32 wanted, %2, 0;\n\t"
+      "mov.b32 {low, high}, %0;\n\t"
+      "@wanted ld.global.u16 low, [%1];\n\t"
+      "mov.b32 %0, {low, high};\n\t}"
+      : "+r"(v)
+      : "l"(p), "r"(static_cast<unsigned>(wanted)));
+  return v;
+}
+
 // The scale at p, and above it the offset that lies `distance` bytes behind.
 __device__ __forceinline__ uint32_t load_scale(const uint8_t* p, int64_t distance, bool wanted) {
   uint32_t v = 0;
@@ -96,6 +110,16 @@ __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], const
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// The same with a of unsigned and b of signed bytes, 16x32 and 32x8: a lane's words hold 4 q .. + 3 in
+// the places of 2 q and 2 q + 1, 16 + 4 q .. + 3 in those of 2 q + 8 and 2 q + 9.
+__device__ __forceinline__ void mma_bytes(int (&c)[4], const uint32_t (&a)[4],
+                                          const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
 // Two floats rounded to bfloat16, the first one in the lower half.
 __device__ __forceinline__ uint32_t bfloat16_pair(float low, float high) {
   uint32_t pair;
@@ -105,13 +129,6 @@ __device__ __forceinline__ uint32_t bfloat16_pair(float low, float high) {
 
 __device__ __forceinline__ void prefetch_l2(const void* p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
-}
-
-// c + the sum over four bytes of a, unsigned, times those of b, signed.
-__device__ __forceinline__ int dot4(unsigned a, unsigned b, int c) {
-  int sum;
-  asm("dp4a.u32.s32 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
-  return sum;
 }
 
 // Programmatic dependent launch: a kernel may be resident before the one that it depends on has

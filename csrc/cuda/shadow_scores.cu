@@ -1,6 +1,7 @@
-// What a low-bit shadow of gate and up says of every neuron's norm: x in int8, dot products by dp4a
-// on the packed codes. With a threshold, compared and compacted by the block that made them.
+// What a low-bit shadow of gate and up says of every neuron's norm: x in int8, dot products by the
+// tensor cores on the packed codes. With a threshold, compared and compacted by the block that made them.
 #include "shadow.cuh"
+#include "tile.cuh"
 
 namespace moyu::cuda {
 namespace {
@@ -77,7 +78,7 @@ struct EstimateParams {
   Activation activation;
 };
 
-// A quarter's codes of one block as they are packed: fields that dp4a takes without a shift.
+// A quarter's codes of one block as they are packed.
 template <int kBits>
 struct Codes {
   uint4 low;  // 1 bit: bits t; 2 and 3 bits: fields of 2 bits; 4 bits: nibbles of the first half
@@ -101,87 +102,140 @@ __device__ __forceinline__ Codes<kBits> load_codes(const uint8_t* block, int qua
   if constexpr (kBits == 4) return {load(16 * quarter), load(64 + 16 * quarter)};
 }
 
-// Sum over t < kFields of the fields t of kFieldBits bits in each byte, times x[t].
-template <int kFieldBits, int kFields>
-__device__ __forceinline__ int fields_dot(const uint4& codes, const uint4* x) {
-  int total = 0;
+__device__ __forceinline__ unsigned word(const uint4& v, int i) {
+  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+}
+
+// total[i] += the products of the fields t of kFieldBits bits in each byte with x[t], for t from
+// kFirst on. Fields are not shifted down: the sums are, which is exact.
+template <int kFieldBits, int kFields, int kFirst>
+__device__ __forceinline__ void add_fields(const uint4& low_neuron, const uint4& high_neuron,
+                                           const uint4 (&x)[4], int times, int (&total)[4]) {
 #pragma unroll
   for (int t = 0; t < kFields; ++t) {
     const unsigned field = ((1u << kFieldBits) - 1) * 0x01010101u << (kFieldBits * t);
-    int part = dot4(codes.x & field, x[t].x, 0);
-    part = dot4(codes.y & field, x[t].y, part);
-    part = dot4(codes.z & field, x[t].z, part);
-    part = dot4(codes.w & field, x[t].w, part);
-    total += part >> (kFieldBits * t);  // exact: every field was that much too large
+    int sums[4] = {};
+#pragma unroll
+    for (int i = 0; i < 4; i += 2)
+      mma_bytes(sums,
+                {word(low_neuron, i) & field, word(high_neuron, i) & field,
+                 word(low_neuron, i + 1) & field, word(high_neuron, i + 1) & field},
+                {word(x[kFirst + t], i), word(x[kFirst + t], i + 1)});
+#pragma unroll
+    for (int i = 0; i < 4; ++i) total[i] += times * (sums[i] >> (kFieldBits * t));
   }
-  return total;
 }
 
 template <int kBits>
-__device__ __forceinline__ int codes_dot(const Codes<kBits>& c, const uint4 (&x)[4]) {
-  if constexpr (kBits == 1) return fields_dot<1, 4>(c.low, x);
-  if constexpr (kBits == 2) return fields_dot<2, 4>(c.low, x);
-  if constexpr (kBits == 3) return fields_dot<2, 4>(c.low, x) + 4 * fields_dot<1, 4>(c.top, x);
-  if constexpr (kBits == 4) return fields_dot<4, 2>(c.low, x) + fields_dot<4, 2>(c.top, x + 2);
+__device__ __forceinline__ void add_codes(const Codes<kBits>& low_neuron,
+                                          const Codes<kBits>& high_neuron, const uint4 (&x)[4],
+                                          int (&total)[4]) {
+  if constexpr (kBits == 1) add_fields<1, 4, 0>(low_neuron.low, high_neuron.low, x, 1, total);
+  if constexpr (kBits == 2 || kBits == 3)
+    add_fields<2, 4, 0>(low_neuron.low, high_neuron.low, x, 1, total);
+  if constexpr (kBits == 3) add_fields<1, 4, 0>(low_neuron.top, high_neuron.top, x, 4, total);
+  if constexpr (kBits == 4) {
+    add_fields<4, 2, 0>(low_neuron.low, high_neuron.low, x, 1, total);
+    add_fields<4, 2, 2>(low_neuron.top, high_neuron.top, x, 1, total);
+  }
 }
-
-// Streams of codes that a warp reads at a time, as registers allow: gate's or up's of one neuron, a
-// load of 16 bytes or two in flight for each.
-template <int kRows>
-inline constexpr int kStreams = kRows <= 2 ? 4 : 2;
 
 // Where a matrix's codes and scales begin in a neuron's record.
 struct Place {
   int codes, scales;
 };
 
-// sums[(k * kMatrices + m) * kRows + r] = this lane's part of the dot product of neuron k's matrix
-// m with row r. `records` begins with neuron 0 of n.
-template <int kBits, int kMatrices, int kRows>
+// Into sums, matrices from `first_matrix` on: dot products of a tile's n neurons, whose records begin
+// at `records`, with all rows. As for packed rows: 16 neurons at a time, a warp an even share of the
+// blocks, lane 4 g + q the neurons g and g + 8, quarter q, and of the sums the rows 2 q and 2 q + 1.
+template <int kBits, int kSome, int kMatrices, int kRows>
 __device__ __forceinline__ void shadow_dots(const EstimateParams& p, const uint8_t* records,
-                                            const Place (&places)[kMatrices], int n,
-                                            float (&sums)[kStreams<kRows> * kRows]) {
+                                            const Place (&places)[kSome], int first_matrix, int n,
+                                            TileSums<kMatrices, kRows>& sums) {
   constexpr float kZero = ((1 << kBits) - 1) * 0.5f;
-#pragma unroll kRows == 1 && kBits <= 2 ? 2 : 1
-  for (int at = threadIdx.x % 32; at < kQuarters * p.blocks; at += 32) {
-    const int block = at / kQuarters, quarter = at % kQuarters;
-    Codes<kBits> c[kStreams<kRows>];
-    float scale[kStreams<kRows>];
+  constexpr int kAhead = kBits <= 2 ? 2 : 1;  // blocks whose loads are in flight together
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  const int begin = p.blocks * warp / kWarps, end = p.blocks * (warp + 1) / kWarps;
+  for (int j0 = 0; j0 < n; j0 += 16) {
+    bool wanted[2];
+    const uint8_t* record[2];
 #pragma unroll
-    for (int i = 0; i < kStreams<kRows>; ++i) {
-      const int k = i / kMatrices;
-      const uint8_t* const record = records + min(k, n - 1) * p.record_bytes;
-      const Place& place = places[i % kMatrices];
-      c[i] = load_codes<kBits>(record + place.codes + block * (32 * kBits), quarter, k < n);
-      scale[i] = to_float(reinterpret_cast<const __nv_bfloat16*>(record + place.scales)[block]);
+    for (int h = 0; h < 2; ++h) {
+      wanted[h] = j0 + g + 8 * h < n;
+      record[h] = records + min(j0 + g + 8 * h, n - 1) * p.record_bytes;
+    }
+    float acc[kSome][4] = {};
+    for (int block0 = begin; block0 < end; block0 += kAhead) {
+      Codes<kBits> codes[kAhead][kSome][2];
+      uint32_t scale[kAhead][kSome][2];
+#pragma unroll
+      for (int b = 0; b < kAhead; ++b)
+#pragma unroll
+        for (int m = 0; m < kSome; ++m)
+#pragma unroll
+          for (int h = 0; h < 2; ++h)
+            codes[b][m][h] =
+                load_codes<kBits>(record[h] + places[m].codes + (block0 + b) * 32 * kBits, q,
+                                  wanted[h] && block0 + b < end);
+#pragma unroll
+      for (int b = 0; b < kAhead; ++b)
+#pragma unroll
+        for (int m = 0; m < kSome; ++m)
+#pragma unroll
+          for (int h = 0; h < 2; ++h)
+            scale[b][m][h] = load_short(record[h] + places[m].scales + 2 * (block0 + b),
+                                        wanted[h] && block0 + b < end);
+#pragma unroll
+      for (int b = 0; b < kAhead; ++b) {
+        const int block = block0 + b;
+        if (block >= end) break;
+        uint4 x[4] = {};
+        if (g < p.rows) {
+          const auto* const words =
+              reinterpret_cast<const uint4*>(p.x + (g * p.blocks + block) * kShadowBlock + 16 * q);
+#pragma unroll
+          for (int t = 0; t < 4; ++t) x[t] = words[4 * t];
+        }
+        float step[2], zero[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int in = min(2 * q + e, p.rows - 1) * p.blocks + block;
+          step[e] = p.step[in];
+          zero[e] = kZero * p.offset[in];
+        }
+#pragma unroll
+        for (int m = 0; m < kSome; ++m) {
+          int total[4] = {};
+          add_codes<kBits>(codes[b][m][0], codes[b][m][1], x, total);
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            acc[m][i] += __uint_as_float(scale[b][m][i / 2] << 16) *
+                         (step[i % 2] * static_cast<float>(total[i]) - zero[i % 2]);
+        }
+      }
     }
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const int in = min(r, p.rows - 1) * p.blocks + block;
-      const auto* const words =
-          reinterpret_cast<const uint4*>(p.x + in * kShadowBlock + 16 * quarter);
-      const uint4 x[4] = {words[0], words[4], words[8], words[12]};
-      const float step = p.step[in], zero = quarter == 0 ? kZero * p.offset[in] : 0.0f;
+    for (int m = 0; m < kSome; ++m)
 #pragma unroll
-      for (int i = 0; i < kStreams<kRows>; ++i)
-        sums[i * kRows + r] += scale[i] * (step * static_cast<float>(codes_dot(c[i], x)) - zero);
-    }
+      for (int i = 0; i < 4; ++i) {
+        const int r = 2 * q + i % 2;
+        if (r < kRows && wanted[i / 2])
+          sums[warp][j0 + g + i / 2 * 8][first_matrix + m][r] = acc[m][i];
+      }
   }
 }
 
-// The dot products of up to kStreams / kMatrices neurons with all rows; that of (k, m, r) is
-// returned to lane ((k * kMatrices + m) * kRows + r) * 32 / (kStreams * kRows).
-template <int kMatrices, int kRows>
-__device__ __forceinline__ float estimate(const EstimateParams& p, int bits, const uint8_t* records,
-                                          const Place (&places)[kMatrices], int n) {
-  float sums[kStreams<kRows> * kRows] = {};
+template <int kSome, int kMatrices, int kRows>
+__device__ __forceinline__ void shadow_dots(const EstimateParams& p, int bits,
+                                            const uint8_t* records, const Place (&places)[kSome],
+                                            int first_matrix, int n,
+                                            TileSums<kMatrices, kRows>& sums) {
   switch (bits) {
-    case 1: shadow_dots<1, kMatrices, kRows>(p, records, places, n, sums); break;
-    case 2: shadow_dots<2, kMatrices, kRows>(p, records, places, n, sums); break;
-    case 3: shadow_dots<3, kMatrices, kRows>(p, records, places, n, sums); break;
-    default: shadow_dots<4, kMatrices, kRows>(p, records, places, n, sums); break;
+    case 1: return shadow_dots<1>(p, records, places, first_matrix, n, sums);
+    case 2: return shadow_dots<2>(p, records, places, first_matrix, n, sums);
+    case 3: return shadow_dots<3>(p, records, places, first_matrix, n, sums);
+    default: return shadow_dots<4>(p, records, places, first_matrix, n, sums);
   }
-  return warp_sum(sums);
 }
 
 __device__ __forceinline__ float any_bias_at(DType dtype, const void* bias, int64_t i) {
@@ -194,61 +248,60 @@ __device__ __forceinline__ float any_bias_at(DType dtype, const void* bias, int6
 
 template <int kRows>
 struct EstimateShared {
+  TileSums<2, kRows> sums;
   bool active[kTile][kRows];
 };
 
-template <int kRows>
+// kBits: of gate and up, or 0 where they differ or there is no gate.
+template <int kBits, int kRows>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     shadow_scores_kernel(EstimateParams p) {
   MOYU_SHARED(EstimateShared<kRows>, s);
-  constexpr int kLanes = 32 / (kStreams<kRows> * kRows);  // of which one has a dot product
   const EstimateResult& out = p.result;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int begin = share_begin(p.f, blockIdx.x), end = share_begin(p.f, blockIdx.x + 1);
   wait_for_previous_kernel();
   allow_next_kernel();
   const bool gated = p.bits_gate != 0;
-  // Gate and up in one pass, where they have one format and there are registers for both.
-  const bool together = kRows <= 2 && p.bits_gate == p.bits_up;
   const int up_at = 32 * p.bits_gate * p.blocks, scales_at = up_at + 32 * p.bits_up * p.blocks;
   const Place both[2] = {{0, scales_at}, {up_at, scales_at + (gated ? 2 * p.blocks : 0)}};
   const Place gate_only[1] = {both[0]}, up_only[1] = {both[1]};
-  // Neurons at a time, and the one of them and the row that this lane completes.
-  const int batch = together ? kStreams<kRows> / 2 : kStreams<kRows>;
-  const int k = lane / kLanes / kRows / (together ? 2 : 1), r = lane / kLanes % kRows;
-  const bool completes = lane % kLanes == 0 && (!together || lane / kLanes / kRows % 2 == 0);
   const float epsilon = out.epsilon == nullptr ? 0.0f : *out.epsilon;
   const int row_counted = static_cast<int>(threadIdx.x) - 32;  // warp 1 counts, a row a lane
   int kept = 0, my_count = 0;
   for (int first = begin; first < end; first += kTile) {
     const int n = min(kTile, end - first);
-    const int my_end = n * (warp + 1) / kWarps;
-    for (int j0 = n * warp / kWarps; j0 < my_end; j0 += batch) {
-      const int m = min(batch, my_end - j0), j = j0 + k;
-      const uint8_t* const records = p.records + (first + j0) * p.record_bytes;
-      float gate = 0.0f, up;
-      if (together) {
-        if constexpr (kRows <= 2) gate = estimate<2, kRows>(p, p.bits_up, records, both, m);
-        up = __shfl_xor_sync(kAllLanes, gate, kRows * kLanes);
-      } else {
-        if (gated) gate = estimate<1, kRows>(p, p.bits_gate, records, gate_only, m);
-        up = estimate<1, kRows>(p, p.bits_up, records, up_only, m);
-      }
-      if (!completes || k >= m) continue;
+    const uint8_t* const records = p.records + first * p.record_bytes;
+    if constexpr (kBits != 0) {
+      shadow_dots<kBits>(p, records, both, 0, n, s.sums);
+    } else {
+      if (gated) shadow_dots(p, p.bits_gate, records, gate_only, 0, n, s.sums);
+      shadow_dots(p, p.bits_up, records, up_only, 1, n, s.sums);
+    }
+    __syncthreads();
+    for (int slot = threadIdx.x; slot < n * kRows; slot += kThreads) {
+      const int j = slot / kRows, r = slot % kRows;
       bool active = false;
       if (r < p.rows) {
         const int64_t neuron = first + j;
-        up += any_bias_at(p.dtype, p.up_bias, neuron);
-        gate += any_bias_at(p.dtype, p.gate_bias, neuron);
-        const float a = gated ? activate(p.activation, gate) * up : activate(p.activation, up);
+        const float up =
+            dot_total<2, kRows>(s.sums, j, 1, r) + any_bias_at(p.dtype, p.up_bias, neuron);
+        float a;
+        if (gated) {
+          const float gate =
+              dot_total<2, kRows>(s.sums, j, 0, r) + any_bias_at(p.dtype, p.gate_bias, neuron);
+          a = activate(p.activation, gate) * up;
+        } else {
+          a = activate(p.activation, up);
+        }
         const float score = fabsf(a) * p.norms[neuron];
         active = !(score < epsilon);
         if (out.scores != nullptr) out.scores[r * p.f + neuron] = score;
       }
       s.active[j][r] = active;
     }
-    if (out.epsilon == nullptr) continue;
     __syncthreads();
+    if (out.epsilon == nullptr) continue;
     if (warp == 0) {
       for (int j0 = 0; j0 < n; j0 += 32) {
         const int j = j0 + lane;
@@ -307,16 +360,17 @@ void launch_estimate(const char* op, const Mlp& mlp, int64_t first, int64_t rows
                               mlp.dtype,
                               mlp.activation};
   const int64_t blocks = persistent_blocks(op, mlp.f);
-  const auto go = [&](auto kernel) { launch(op, kernel, blocks, kThreads, stream, params); };
-  if (rows == 1) {
-    go(shadow_scores_kernel<1>);
-  } else if (rows == 2) {
-    go(shadow_scores_kernel<2>);
-  } else if (rows <= 4) {
-    go(shadow_scores_kernel<4>);
-  } else {
-    go(shadow_scores_kernel<8>);
-  }
+  const auto go = [&]<int kRows>() {
+    const auto with = [&](auto kernel) { launch(op, kernel, blocks, kThreads, stream, params); };
+    switch (shadow.bits_gate == shadow.bits_up ? shadow.bits_up : 0) {
+      case 1: return with(shadow_scores_kernel<1, kRows>);
+      case 2: return with(shadow_scores_kernel<2, kRows>);
+      case 3: return with(shadow_scores_kernel<3, kRows>);
+      case 4: return with(shadow_scores_kernel<4, kRows>);
+      default: return with(shadow_scores_kernel<0, kRows>);
+    }
+  };
+  rows == 1 ? go.template operator()<1>() : go.template operator()<8>();
 }
 
 void shadow_scores(const Mlp& mlp, const Shadow& shadow, float* scores, float* workspace,

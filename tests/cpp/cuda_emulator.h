@@ -313,11 +313,6 @@ inline uint4 load_streaming(const uint4* p, bool wanted) {
     emulator::Block::fail("misaligned address of a 16-byte load");
   return wanted ? *p : uint4{0, 0, 0, 0};
 }
-inline int dot4(unsigned a, unsigned b, int c) {
-  for (int byte = 0; byte < 32; byte += 8)
-    c += static_cast<int>(a >> byte & 0xff) * static_cast<int8_t>(b >> byte & 0xff);
-  return c;
-}
 inline uint2 load_codes(const uint8_t* p, bool wanted, bool wide) {
   if (reinterpret_cast<uintptr_t>(p) % (wide ? 8 : 4) != 0)
     emulator::Block::fail("misaligned address of an 8-byte load");
@@ -339,29 +334,55 @@ inline uint32_t load_scale(const uint8_t* p, int64_t distance, bool wanted) {
   if (wanted) std::memcpy(&v[0], p, 2), std::memcpy(&v[1], p + distance, 2);
   return v[0] | uint32_t{v[1]} << 16;
 }
+inline uint32_t load_short(const uint8_t* p, bool wanted) {
+  return load_scale(p, 0, wanted) & 0xffffu;
+}
 inline uint32_t bfloat16_pair(float low, float high) {
   return __float2bfloat16_rn(low).bits | uint32_t{__float2bfloat16_rn(high).bits} << 16;
 }
-template <typename Half>
-inline void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], MOYU_CALLER) {
+// Calls work(lanes' words, g, q) where all lanes have brought theirs.
+template <typename Work>
+inline void mma_together(const uint32_t (&a)[4], const uint32_t (&b)[2], Work&& work,
+                         const char* file, int line) {
   auto& lanes = emulator::mma_words[threadIdx.x / 32];
-  const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  const int lane = threadIdx.x % 32;
   for (int i = 0; i < 4; ++i) lanes[lane][i] = a[i];
   for (int i = 0; i < 2; ++i) lanes[lane][4 + i] = b[i];
   emulator::Block::current()->ballot(0xffffffffu, true, MOYU_SITE("mma"));
-  const auto number = [&](int from, int word, int k) {
-    const auto bits = static_cast<uint16_t>(lanes[from][word] >> 16 * (k % 2));
-    if constexpr (std::is_same_v<Half, __half>) return __half2float({bits});
-    return __bfloat162float({bits});
-  };
-  for (int i = 0; i < 4; ++i) {  // c[g + 8 * (i / 2)][2 q + i % 2]
-    const int column = 2 * q + i % 2;
-    for (int k = 0; k < 16; ++k)
-      c[i] += number(4 * g + k % 8 / 2, k / 8 * 2 + i / 2, k) *
-              number(4 * column + k % 8 / 2, 4 + k / 8, k);
-  }
+  work(lanes, lane / 4, lane % 4);
   // Nobody brings the next words before all have read these.
   emulator::Block::current()->ballot(0xffffffffu, true, MOYU_SITE("mma, read"));
+}
+template <typename Half>
+inline void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], MOYU_CALLER) {
+  mma_together(
+      a, b,
+      [&](const auto& lanes, int g, int q) {
+        const auto number = [&](int from, int word, int k) {
+          const auto bits = static_cast<uint16_t>(lanes[from][word] >> 16 * (k % 2));
+          if constexpr (std::is_same_v<Half, __half>) return __half2float({bits});
+          return __bfloat162float({bits});
+        };
+        for (int i = 0; i < 4; ++i)  // c[g + 8 * (i / 2)][2 q + i % 2]
+          for (int k = 0; k < 16; ++k)
+            c[i] += number(4 * g + k % 8 / 2, k / 8 * 2 + i / 2, k) *
+                    number(4 * (2 * q + i % 2) + k % 8 / 2, 4 + k / 8, k);
+      },
+      file, line);
+}
+inline void mma_bytes(int (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], MOYU_CALLER) {
+  mma_together(
+      a, b,
+      [&](const auto& lanes, int g, int q) {
+        const auto byte = [&](int from, int word, int k) {
+          return lanes[from][word] >> 8 * (k % 4) & 0xff;
+        };
+        for (int i = 0; i < 4; ++i)
+          for (int k = 0; k < 32; ++k)
+            c[i] += static_cast<int>(byte(4 * g + k % 16 / 4, k / 16 * 2 + i / 2, k)) *
+                    static_cast<int8_t>(byte(4 * (2 * q + i % 2) + k % 16 / 4, 4 + k / 16, k));
+      },
+      file, line);
 }
 inline void prefetch_l2(const void*) {}
 inline void wait_for_previous_kernel() { emulator::Block::current()->self().waited = true; }
