@@ -16,6 +16,7 @@ from ..reference import ACTIVATIONS
 from .cases import Case, TorchDense, takes_density
 from .geometries import Geometry
 from .input_mask import InputMask, why_not
+from .int4_peer import TorchInt4
 from .machine import Machine
 from .mlp import MlpResult, check_request, dtype_name
 from .rows import Row, make_row, quantile
@@ -144,7 +145,8 @@ def measure_mlp_cuda(
     smallest density, so that nothing is found in it. Baselines: torch's linear eager, in a CUDA
     graph, and under torch.compile in a CUDA graph; speedup_vs_dense is against the fastest of them,
     which dense_impl names. The input-masking peer (plan input-mask) runs at the same densities
-    wherever it can: Triton, one row, gated, SiLU. bandwidth_gbps counts what a copy reads and
+    wherever it can: Triton, one row, gated, SiLU. bits, group: let the operators read packed rows, of
+    4 or 8 bits; in bfloat16 torch's own 4-bit product is measured beside them. bandwidth_gbps counts what a copy reads and
     writes.
 
     Raises ConfigurationError as `measure_mlp` does and without a GPU, BenchmarkError for a wrong
@@ -223,6 +225,8 @@ def _prepare(
         _Timed(_Compiled(mlps, x, 1.0, seed), _DENSE[2], in_graph=True),
     ]
     made = [kind(mlps, x, density, seed) for kind, density in cases]
+    if mlps[0].weights.packed is not None and x.dtype == torch.bfloat16 and not size.biased:
+        made.append(TorchInt4(mlps, x, 1.0, seed))
     if with_peer and x.shape[0] == 1 and size.gated and size.activation == "silu":
         densities = dict.fromkeys(density for kind, density in cases if takes_density(kind))
         made += [InputMask(mlps, x, density, seed) for density in densities]
