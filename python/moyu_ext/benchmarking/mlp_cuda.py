@@ -145,9 +145,9 @@ def measure_mlp_cuda(
     smallest density, so that nothing is found in it. Baselines: torch's linear eager, in a CUDA
     graph, and under torch.compile in a CUDA graph; speedup_vs_dense is against the fastest of them,
     which dense_impl names. The input-masking peer (plan input-mask) runs at the same densities
-    wherever it can: Triton, one row, gated, SiLU. bits, group: let the operators read packed rows, of
-    4 or 8 bits; in bfloat16 torch's own 4-bit product is measured beside them. bandwidth_gbps counts what a copy reads and
-    writes.
+    wherever it can: Triton, one row, gated, SiLU. bits, group: let the operators read packed rows,
+    of 4 or 8 bits; in bfloat16 torch's own 4-bit product is measured beside them. bandwidth_gbps
+    counts what a copy reads and writes.
 
     Raises ConfigurationError as `measure_mlp` does and without a GPU, BenchmarkError for a wrong
     result.
