@@ -223,7 +223,7 @@ for step in "${steps[@]}"; do
     profile)
       if command -v ncu >/dev/null; then
         TAIL=1 run ncu ncu --clock-control none --launch-count 24 \
-          --kernel-name "regex:sparse_mlp|reduce_kernel|shadow_scores|quantise|choose" \
+          --kernel-name "regex:^(sparse_mlp|threshold_mlp|shadow_scores|quantise|choose)_kernel" \
           --section LaunchStats --section Occupancy --section SpeedOfLight \
           --section WarpStateStats --section MemoryWorkloadAnalysis \
           --metrics "regex:smsp__average_warps_issue_stalled_.*_per_issue_active" \

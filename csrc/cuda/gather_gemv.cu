@@ -28,6 +28,10 @@ template <typename Rows, int kRows>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     gather_gemv_kernel(GatherGemvParams<Rows> p) {
   MOYU_SHARED(GatherGemvShared<kRows>, s);
+  if (p.indices == nullptr)
+    prefetch_share(Rows::rows_of(p.weight), Rows::row_bytes(p.weight, p.d),
+                   share_begin(p.capacity, blockIdx.x), share_begin(p.capacity, blockIdx.x + 1),
+                   kPrefetchBytes);
   wait_for_previous_kernel();
   allow_next_kernel();
   const int count = clamped_count(p.count, p.capacity);

@@ -16,16 +16,18 @@ struct GatherGemvTParams {
   int rows;
 };
 
-template <int kRows>
+template <typename Rows, int kRows>
 struct GatherGemvTShared {
   float values[kTile][kRows];
   int32_t neurons[kTile];
+  typename Rows::template Scratch<kRows> scratch;
 };
 
 template <typename Rows, int kRows>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     gather_gemv_t_kernel(GatherGemvTParams<Rows> p) {
-  MOYU_SHARED(GatherGemvTShared<kRows>, s);
+  using Shared = GatherGemvTShared<Rows, kRows>;
+  MOYU_SHARED(Shared, s);
   wait_for_previous_kernel();
   allow_next_kernel();
   const int count = clamped_count(p.count, p.capacity);
@@ -43,7 +45,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     }
     __syncthreads();
     Rows::template scaled_sum<kRows>(p.weight_t, s.neurons, s.values, n, p.rows, p.d, first > begin,
-                                     partial);
+                                     partial, s.scratch);
     __syncthreads();  // the next tile writes what this one reads
     first += kTile;
   } while (first < end);

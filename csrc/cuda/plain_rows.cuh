@@ -12,6 +12,14 @@ struct PlainRows {
   using Matrix = const T*;  // [n, d]
   static Matrix matrix(const moyu::Matrix& m, int64_t) { return static_cast<Matrix>(m.rows); }
 
+  static __device__ __forceinline__ int64_t row_bytes(Matrix, int64_t d) {
+    return d * static_cast<int64_t>(sizeof(T));
+  }
+  static __device__ __forceinline__ const void* rows_of(Matrix m) { return m; }
+
+  template <int kRows>
+  struct Scratch {};
+
   template <int kMatrices, int kRows>
   static __device__ __forceinline__ void dot_products(const Matrix (&weights)[kMatrices],
                                                       const int32_t* neurons, int n, const T* x,
@@ -64,7 +72,8 @@ struct PlainRows {
   static __device__ __forceinline__ void scaled_sum(Matrix weight_t, const int32_t* neurons,
                                                     const float (*values)[kRows], int n, int rows,
                                                     int64_t d, bool add,
-                                                    float* partial /* [rows, d] */) {
+                                                    float* partial /* [rows, d] */,
+                                                    Scratch<kRows>&) {
     constexpr int kBatch = kRows <= 4 ? 8 : 4;  // loads in flight, as registers allow
     for (int64_t c = int64_t{threadIdx.x} * kWidth; c < d; c += kThreads * kWidth) {
       float acc[kRows][kWidth] = {};
@@ -104,7 +113,7 @@ struct PlainRows {
 
   static __device__ __forceinline__ void prefetch(Matrix weight, const int32_t* neurons, int n,
                                                   int64_t d) {
-    prefetch_rows(weight, neurons, n, d * static_cast<int64_t>(sizeof(T)));
+    prefetch_rows(weight, neurons, n, row_bytes(weight, d), 4);
   }
 };
 

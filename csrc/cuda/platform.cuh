@@ -36,61 +36,41 @@ __device__ __forceinline__ uint4 load_streaming(const uint4* p, bool wanted) {
   return v;
 }
 
-// 8 bytes of packed codes, the same way; `wide` where the address is a multiple of 8, else of 4.
-__device__ __forceinline__ uint2 load_codes(const uint8_t* p, bool wanted, bool wide) {
-  uint2 v = {0, 0};
-  asm volatile(
-      "{\n\t.reg .pred wide, narrow;\n\t"
-      "setp.ne.u32 wide, %3, 0;\n\t"
-      "setp.ne.u32 narrow, %4, 0;\n\t"
-      "@wide ld.global.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];\n\t"
-      "@narrow ld.global.L1::no_allocate.u32 %0, [%2];\n\t"
-      "@narrow ld.global.L1::no_allocate.u32 %1, [%2 + 4];\n\t}"
-      : "+r"(v.x), "+r"(v.y)
-      : "l"(p), "r"(static_cast<unsigned>(wanted && wide)),
-        "r"(static_cast<unsigned>(wanted && !wide)));
+// 8 bytes of packed codes, the same way; kWide where the address is a multiple of 8, else of 4.
+template <bool kWide>
+__device__ __forceinline__ uint2 load_codes(const uint8_t* p) {
+  uint2 v;
+  if constexpr (kWide) {
+    asm volatile("ld.global.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(v.x), "=r"(v.y)
+                 : "l"(p));
+  } else {
+    asm volatile(
+        "ld.global.L1::no_allocate.L2::128B.u32 %0, [%2];\n\t"
+        "ld.global.L1::no_allocate.L2::128B.u32 %1, [%2 + 4];"
+        : "=r"(v.x), "=r"(v.y)
+        : "l"(p));
+  }
   return v;
 }
 
 // 4 bytes of them.
-__device__ __forceinline__ uint32_t load_code_word(const uint8_t* p, bool wanted) {
-  uint32_t v = 0;
-  asm volatile(
-      "{\n\t.reg .pred wanted;\n\t"
-      "setp.ne.u32 wanted, %2, 0;\n\t"
-      "@wanted ld.global.L1::no_allocate.L2::128B.u32 %0, [%1];\n\t}"
-      : "+r"(v)
-      : "l"(p), "r"(static_cast<unsigned>(wanted)));
+__device__ __forceinline__ uint32_t load_code_word(const uint8_t* p) {
+  uint32_t v;
+  asm volatile("ld.global.L1::no_allocate.L2::128B.u32 %0, [%1];" : "=r"(v) : "l"(p));
   return v;
 }
 
 // 2 bytes in the lower half.
-__device__ __forceinline__ uint32_t load_short(const uint8_t* p, bool wanted) {
-  uint32_t v = 0;
-  asm volatile(
-      "{\n\t.reg .pred wanted;\n\t.reg .b16 low, high;\n\t"
-      "setp.ne.u32 wanted, %2, 0;\n\t"
-      "mov.b32 {low, high}, %0;\n\t"
-      "@wanted ld.global.u16 low, [%1];\n\t"
-      "mov.b32 %0, {low, high};\n\t}"
-      : "+r"(v)
-      : "l"(p), "r"(static_cast<unsigned>(wanted)));
+__device__ __forceinline__ uint32_t load_short(const uint8_t* p) {
+  uint16_t v;
+  asm volatile("ld.global.u16 %0, [%1];" : "=h"(v) : "l"(p));
   return v;
 }
 
 // The scale at p, and above it the offset that lies `distance` bytes behind.
-__device__ __forceinline__ uint32_t load_scale(const uint8_t* p, int64_t distance, bool wanted) {
-  uint32_t v = 0;
-  asm volatile(
-      "{\n\t.reg .pred wanted;\n\t.reg .b16 low, high;\n\t"
-      "setp.ne.u32 wanted, %3, 0;\n\t"
-      "mov.b32 {low, high}, %0;\n\t"
-      "@wanted ld.global.u16 low, [%1];\n\t"
-      "@wanted ld.global.u16 high, [%2];\n\t"
-      "mov.b32 %0, {low, high};\n\t}"
-      : "+r"(v)
-      : "l"(p), "l"(p + distance), "r"(static_cast<unsigned>(wanted)));
-  return v;
+__device__ __forceinline__ uint32_t load_scale(const uint8_t* p, int64_t distance) {
+  return load_short(p) | load_short(p + distance) << 16;
 }
 
 // c += a b on the tensor cores, by the whole warp: a 16x16, b 16x8, both of Half in pairs along the

@@ -183,8 +183,8 @@ __device__ __forceinline__ void shadow_dots(const EstimateParams& p, const uint8
         for (int m = 0; m < kSome; ++m)
 #pragma unroll
           for (int h = 0; h < 2; ++h)
-            scale[b][m][h] = load_short(record[h] + places[m].scales + 2 * (block0 + b),
-                                        wanted[h] && block0 + b < end);
+            scale[b][m][h] =
+                load_short(record[h] + places[m].scales + 2 * min(block0 + b, p.blocks - 1));
 #pragma unroll
       for (int b = 0; b < kAhead; ++b) {
         const int block = block0 + b;
@@ -260,6 +260,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   const EstimateResult& out = p.result;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int begin = share_begin(p.f, blockIdx.x), end = share_begin(p.f, blockIdx.x + 1);
+  prefetch_share(p.records, p.record_bytes, begin, end, (end - begin) * p.record_bytes);
   wait_for_previous_kernel();
   allow_next_kernel();
   const bool gated = p.bits_gate != 0;

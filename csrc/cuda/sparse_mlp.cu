@@ -11,11 +11,12 @@ struct SparseMlpParams {
   int64_t capacity;  // entries that set.indices has room for
 };
 
-template <int kRows>
+template <typename Rows, int kRows>
 struct SparseMlpShared {
   union {  // one or the other, as the MLP is gated or not
     TileSums<2, kRows> pair;
     TileSums<1, kRows> single;
+    typename Rows::template Scratch<kRows> scratch;  // of the sum
   } sums;
   float values[kTile][kRows];
   int32_t neurons[kTile];
@@ -25,8 +26,8 @@ struct SparseMlpShared {
 };
 
 // Fills s.piece_end; returns the length of the whole list.
-template <int kRows>
-__device__ __forceinline__ int find_pieces(SparseMlpShared<kRows>& s, const Pieces& pieces) {
+template <typename Rows, int kRows>
+__device__ __forceinline__ int find_pieces(SparseMlpShared<Rows, kRows>& s, const Pieces& pieces) {
   const int warp = threadIdx.x / 32, piece = 2 * threadIdx.x;
   const int first = piece < pieces.blocks ? pieces.counts[piece] : 0;
   const int second = piece + 1 < pieces.blocks ? pieces.counts[piece + 1] : 0;
@@ -41,9 +42,10 @@ __device__ __forceinline__ int find_pieces(SparseMlpShared<kRows>& s, const Piec
 }
 
 // The neuron at position k of the list.
-template <int kRows>
-__device__ __forceinline__ int32_t listed(const SparseMlpShared<kRows>& s, const ActiveSet& set,
-                                          const Pieces& pieces, int64_t f, int k) {
+template <typename Rows, int kRows>
+__device__ __forceinline__ int32_t listed(const SparseMlpShared<Rows, kRows>& s,
+                                          const ActiveSet& set, const Pieces& pieces, int64_t f,
+                                          int k) {
   if (set.indices == nullptr) return k;
   if (pieces.counts == nullptr) return set.indices[k];
   int low = 0, high = pieces.blocks - 1;  // the first piece that ends behind k
@@ -63,7 +65,8 @@ template <typename Rows, int kRows>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     sparse_mlp_kernel(SparseMlpParams<Rows> params) {
   static_assert(kMaxBlocks == 2 * kThreads);
-  MOYU_SHARED(SparseMlpShared<kRows>, s);
+  using Shared = SparseMlpShared<Rows, kRows>;
+  MOYU_SHARED(Shared, s);
   wait_for_previous_kernel();
   allow_next_kernel();
   const MlpParams<Rows>& p = params.mlp;
@@ -101,7 +104,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     }
     __syncthreads();
     Rows::template scaled_sum<kRows>(p.down_t, s.neurons, s.values, n, p.rows, p.d, first > begin,
-                                     partial);
+                                     partial, s.sums.scratch);
     __syncthreads();  // the next tile writes what this one reads
     first += kTile;
   } while (first < end);

@@ -14,11 +14,12 @@ struct ThresholdMlpParams {
   bool gate_decides;      // the gate alone; else the activation
 };
 
-template <int kRows>
+template <typename Rows, int kRows>
 struct ThresholdMlpShared {
   union {
     TileSums<2, kRows> pair;
     TileSums<1, kRows> single;
+    typename Rows::template Scratch<kRows> scratch;  // of the sum
   } sums;
   float decided[kTile][kRows];  // act(gate) or the activation, of every neuron
   bool active[kTile][kRows];
@@ -30,8 +31,8 @@ struct ThresholdMlpShared {
 };
 
 // Warp 0 lists the neurons that some row keeps, in order.
-template <int kRows>
-__device__ __forceinline__ void compact_tile(ThresholdMlpShared<kRows>& s, int n) {
+template <typename Rows, int kRows>
+__device__ __forceinline__ void compact_tile(ThresholdMlpShared<Rows, kRows>& s, int n) {
   const int lane = threadIdx.x;
   int kept = 0;
   for (int j0 = 0; j0 < n; j0 += 32) {
@@ -51,7 +52,8 @@ __device__ __forceinline__ void compact_tile(ThresholdMlpShared<kRows>& s, int n
 template <typename Rows, int kRows>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     threshold_mlp_kernel(ThresholdMlpParams<Rows> params) {
-  MOYU_SHARED(ThresholdMlpShared<kRows>, s);
+  using Shared = ThresholdMlpShared<Rows, kRows>;
+  MOYU_SHARED(Shared, s);
   wait_for_previous_kernel();
   allow_next_kernel();
   const MlpParams<Rows>& p = params.mlp;
@@ -88,7 +90,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     }
     __syncthreads();
     if (threadIdx.x < 32) {
-      compact_tile<kRows>(s, n);
+      compact_tile(s, n);
     } else if (row_counted < p.rows) {
       for (int j = 0; j < n; ++j) my_count += s.active[j][row_counted] ? 1 : 0;
     }
@@ -113,7 +115,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     }
     __syncthreads();
     Rows::template scaled_sum<kRows>(p.down_t, s.kept_neurons, s.values, kept, p.rows, p.d,
-                                     first > begin, partial);
+                                     first > begin, partial, s.sums.scratch);
     __syncthreads();  // the next tile writes what this one reads
     first += kTile;
   } while (first < end);

@@ -25,16 +25,29 @@ __device__ __forceinline__ float dot_total(const TileSums<kMatrices, kRows>& sum
   return total;
 }
 
-// Asks the L2 for the first rows of the next loop, before the barrier in front of it: memory
-// would be idle there otherwise. More than a few rows would only be evicted before their use.
+// Asks the L2 for the first rows of the next loop, before the barrier in front of it: memory would be
+// idle there otherwise. At most `most` rows: of many, some would be evicted before their use.
 __device__ __forceinline__ void prefetch_rows(const void* rows, const int32_t* neurons, int n,
-                                              int64_t row_bytes) {
-  constexpr int kRowsAhead = 4, kLine = 128;
-  for (int j = 0; j < min(n, kRowsAhead); ++j) {
-    const char* const row = static_cast<const char*>(rows) + neurons[j] * row_bytes;
-    for (int64_t at = int64_t{threadIdx.x} * kLine; at < row_bytes; at += kThreads * kLine)
-      prefetch_l2(row + at);
-  }
+                                              int64_t row_bytes, int most) {
+  constexpr int kLine = 128;
+  const int lines = static_cast<int>((row_bytes + kLine - 1) / kLine);
+  for (int i = threadIdx.x; i < min(n, most) * lines; i += kThreads)
+    prefetch_l2(static_cast<const char*>(rows) + neurons[i / lines] * row_bytes +
+                i % lines * kLine);
 }
+
+// The same for a block's share of consecutive rows, before it waits for the previous kernel: what
+// the L2 holds is never old. At most `most` bytes.
+__device__ __forceinline__ void prefetch_share(const void* rows, int64_t row_bytes, int begin,
+                                               int end, int64_t most) {
+  constexpr int kLine = 128;
+  const char* const first = static_cast<const char*>(rows) + begin * row_bytes;
+  const int64_t bytes = min((end - begin) * row_bytes, most);
+  for (int64_t at = int64_t{threadIdx.x} * kLine; at < bytes; at += kThreads * kLine)
+    prefetch_l2(first + at);
+}
+
+// Of a whole matrix, per block: what the memory can bring while a small kernel ends.
+inline constexpr int64_t kPrefetchBytes = 32 * 1024;
 
 }  // namespace moyu::cuda

@@ -282,6 +282,9 @@ inline float bits_to_float(uint64_t v) { return __uint_as_float(static_cast<uint
 inline void __syncthreads(MOYU_CALLER) {
   emulator::Block::current()->barrier(MOYU_SITE("__syncthreads"));
 }
+inline void __syncwarp(MOYU_CALLER) {
+  emulator::Block::current()->ballot(0xffffffffu, true, MOYU_SITE("__syncwarp"));
+}
 inline unsigned __ballot_sync(unsigned mask, bool flag, MOYU_CALLER) {
   return emulator::Block::current()->ballot(mask, flag, MOYU_SITE("__ballot_sync"));
 }
@@ -293,6 +296,10 @@ inline int __shfl_xor_sync(unsigned mask, int v, int lane_mask, MOYU_CALLER) {
   return static_cast<int>(emulator::Block::current()->exchange(mask, static_cast<uint32_t>(v),
                                                                (threadIdx.x & 31) ^ lane_mask,
                                                                MOYU_SITE("__shfl_xor_sync")));
+}
+inline float __shfl_sync(unsigned mask, float v, int from, MOYU_CALLER) {
+  return emulator::bits_to_float(emulator::Block::current()->exchange(
+      mask, __float_as_uint(v), from & 31, MOYU_SITE("__shfl_sync")));
 }
 inline int __shfl_sync(unsigned mask, int v, int from, MOYU_CALLER) {
   return static_cast<int>(emulator::Block::current()->exchange(
@@ -313,29 +320,30 @@ inline uint4 load_streaming(const uint4* p, bool wanted) {
     emulator::Block::fail("misaligned address of a 16-byte load");
   return wanted ? *p : uint4{0, 0, 0, 0};
 }
-inline uint2 load_codes(const uint8_t* p, bool wanted, bool wide) {
-  if (reinterpret_cast<uintptr_t>(p) % (wide ? 8 : 4) != 0)
+template <bool kWide>
+inline uint2 load_codes(const uint8_t* p) {
+  if (reinterpret_cast<uintptr_t>(p) % (kWide ? 8 : 4) != 0)
     emulator::Block::fail("misaligned address of an 8-byte load");
-  uint2 v = {0, 0};
-  if (wanted) std::memcpy(&v, p, 8);
+  uint2 v;
+  std::memcpy(&v, p, 8);
   return v;
 }
-inline uint32_t load_code_word(const uint8_t* p, bool wanted) {
+inline uint32_t load_code_word(const uint8_t* p) {
   if (reinterpret_cast<uintptr_t>(p) % 4 != 0)
     emulator::Block::fail("misaligned address of a 4-byte load");
-  uint32_t v = 0;
-  if (wanted) std::memcpy(&v, p, 4);
+  uint32_t v;
+  std::memcpy(&v, p, 4);
   return v;
 }
-inline uint32_t load_scale(const uint8_t* p, int64_t distance, bool wanted) {
-  if (reinterpret_cast<uintptr_t>(p) % 2 != 0 || distance % 2 != 0)
+inline uint32_t load_short(const uint8_t* p) {
+  if (reinterpret_cast<uintptr_t>(p) % 2 != 0)
     emulator::Block::fail("misaligned address of a 2-byte load");
-  uint16_t v[2] = {0, 0};
-  if (wanted) std::memcpy(&v[0], p, 2), std::memcpy(&v[1], p + distance, 2);
-  return v[0] | uint32_t{v[1]} << 16;
+  uint16_t v;
+  std::memcpy(&v, p, 2);
+  return v;
 }
-inline uint32_t load_short(const uint8_t* p, bool wanted) {
-  return load_scale(p, 0, wanted) & 0xffffu;
+inline uint32_t load_scale(const uint8_t* p, int64_t distance) {
+  return load_short(p) | load_short(p + distance) << 16;
 }
 inline uint32_t bfloat16_pair(float low, float high) {
   return __float2bfloat16_rn(low).bits | uint32_t{__float2bfloat16_rn(high).bits} << 16;

@@ -9,7 +9,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .. import reference
 from ..errors import ConfigurationError
 from ..methods import METHODS, STDA, TDA, Dense
 from ..methods.base import Method, check_count, check_density
@@ -56,12 +55,9 @@ def _quantiles(model: nn.Module, density: float, score: str, tokens: int) -> lis
     found = [0.0] * len(sites)
 
     def look(index: int, x: Tensor) -> None:
-        w = sites[index].weights()
-        x = x.reshape(-1, w.d)
-        if score == "gate" and w.gate is not None:
-            a = reference.activations(x, None, w.gate, None, w.gate_bias, w.activation).abs()
-        else:
-            a = reference.activations(x, w.gate, w.up, w.gate_bias, w.up_bias, w.activation).abs()
+        w = sites[index].weights().to_float32()
+        gate, product = w.activations(x.reshape(-1, w.d).float())
+        a = (gate if score == "gate" else product).abs()
         if score != "gate":
             a = a * w.column_norms()
         if score == "rms":
