@@ -128,16 +128,14 @@ struct PackedRows {
                                               const int32_t* neurons, int n, const T* x, int rows,
                                               int64_t d, TileSums<kMatrices, kRows>& sums) {
     constexpr int kLoads = kBits / 4, kGroups = kBlock / kGroup;
+    constexpr int kAhead =
+        kBits == 4 && sizeof(T) == 2 ? 2 : 1;  // blocks whose loads are in flight
     // Blocks whose scales lie in the four lanes of a neuron, two groups to a lane.
     constexpr int kWindow = 8 / kGroups;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
     const int blocks = weights[0].blocks, groups = blocks * kGroups;
     const int begin = blocks * warp / kWarps, end = blocks * (warp + 1) / kWarps;
     const T* const row_of_x = x + min(g, rows - 1) * d;
-    struct Stage {  // one block
-      uint2 codes[kSome][2][kLoads];
-      Input in;
-    };
     for (int j0 = 0; j0 < n; j0 += kNeurons) {
       if (j0 + kNeurons < n) {
 #pragma unroll
@@ -151,8 +149,8 @@ struct PackedRows {
         for (int h = 0; h < 2; ++h)
           row[m][h] = weights[m].rows + neurons[min(j0 + g + 8 * h, n - 1)] * weights[m].row_bytes;
       float acc[kSome][4] = {};
-      uint32_t numbers[kSome][2][2];  // scale below, offset above
-      const auto load_numbers = [&](int window) {
+      for (int window = begin; window < end; window += kWindow) {
+        uint32_t numbers[kSome][2][2];  // scale below, offset above
 #pragma unroll
         for (int m = 0; m < kSome; ++m)
 #pragma unroll
@@ -162,55 +160,49 @@ struct PackedRows {
               numbers[m][h][k] = load_scale(row[m][h] + blocks * 8 * kBits +
                                                 2 * min(window * kGroups + 4 * k + q, groups - 1),
                                             2 * groups);
-      };
-      const auto load = [&](int block, Stage& stage) {
+        const int upto = min(window + kWindow, end);
+        for (int block0 = window; block0 < upto; block0 += kAhead) {
+          uint2 codes[kAhead][kSome][2][kLoads];
+          Input in[kAhead];
 #pragma unroll
-        for (int m = 0; m < kSome; ++m)
+          for (int b = 0; b < kAhead; ++b)
 #pragma unroll
-          for (int h = 0; h < 2; ++h)
+            for (int m = 0; m < kSome; ++m)
 #pragma unroll
-            for (int l = 0; l < kLoads; ++l)
-              stage.codes[m][h][l] =
-                  load_codes<kFast>(row[m][h] + (block * kLoads + l) * 32 + 8 * q);
-        load_input<kFast>(row_of_x, int64_t{block} * kBlock, d, stage.in);
-      };
-      const auto work = [&](int block, const Stage& stage) {
+              for (int h = 0; h < 2; ++h)
 #pragma unroll
-        for (int k = 0; k < kGroups; ++k) {
-          float total[4] = {};  // the sums of x itself, for each row
+                for (int l = 0; l < kLoads; ++l)
+                  codes[b][m][h][l] = load_codes<kFast>(
+                      row[m][h] + (min(block0 + b, blocks - 1) * kLoads + l) * 32 + 8 * q);
 #pragma unroll
-          for (int t = k * 4 / kGroups; t < (k + 1) * 4 / kGroups; ++t)
+          for (int b = 0; b < kAhead; ++b)
+            load_input<kFast>(row_of_x, int64_t{min(block0 + b, blocks - 1)} * kBlock, d, in[b]);
 #pragma unroll
-            for (int p = 0; p < P::kParts; ++p)
-              mma<typename P::Half>(total, {P::kOnes, P::kOnes, P::kOnes, P::kOnes},
-                                    stage.in[p][t]);
-          const int at = (block - begin) % kWindow * kGroups + k;
+          for (int b = 0; b < kAhead; ++b) {
+            if (block0 + b >= upto) break;
 #pragma unroll
-          for (int m = 0; m < kSome; ++m) {
-            uint32_t number[2];
+            for (int k = 0; k < kGroups; ++k) {
+              float total[4] = {};  // the sums of x itself, for each row
 #pragma unroll
-            for (int h = 0; h < 2; ++h)
-              number[h] = static_cast<uint32_t>(__shfl_sync(
-                  kAllLanes, static_cast<int>(at < 4 ? numbers[m][h][0] : numbers[m][h][1]),
-                  4 * g + at % 4));
-            add_dots<kBits, kRows>(stage.codes[m], number, stage.in, k * 4 / kGroups,
-                                   (k + 1) * 4 / kGroups, total, acc[m]);
+              for (int t = k * 4 / kGroups; t < (k + 1) * 4 / kGroups; ++t)
+#pragma unroll
+                for (int p = 0; p < P::kParts; ++p)
+                  mma<typename P::Half>(total, {P::kOnes, P::kOnes, P::kOnes, P::kOnes},
+                                        in[b][p][t]);
+              const int at = (block0 + b - window) * kGroups + k;
+#pragma unroll
+              for (int m = 0; m < kSome; ++m) {
+                uint32_t number[2];
+#pragma unroll
+                for (int h = 0; h < 2; ++h)
+                  number[h] = static_cast<uint32_t>(__shfl_sync(
+                      kAllLanes, static_cast<int>(at < 4 ? numbers[m][h][0] : numbers[m][h][1]),
+                      4 * g + at % 4));
+                add_dots<kBits, kRows>(codes[b][m], number, in[b], k * 4 / kGroups,
+                                       (k + 1) * 4 / kGroups, total, acc[m]);
+              }
+            }
           }
-        }
-      };
-      // The next block's loads are on their way while one is worked on.
-      const auto step = [&](int block, const Stage& now, Stage& next) {
-        load(min(block + 1, blocks - 1), next);
-        if (block > begin && (block - begin) % kWindow == 0) load_numbers(block);
-        work(block, now);
-      };
-      if (begin < end) {
-        Stage a, b;
-        load_numbers(begin);
-        load(begin, a);
-        for (int block = begin; block < end; block += 2) {
-          step(block, a, b);
-          if (block + 1 < end) step(block + 1, b, a);
         }
       }
 #pragma unroll
@@ -421,35 +413,13 @@ struct PackedRows {
       bool add, float* partial, uint32_t (&factors)[kHeld][kTile / kNeurons][4][4]) {
     using M = Parts<__nv_bfloat16>;
     constexpr int kLoads = kBits / 4, kGroups = kBlock / kGroup, kWindow = kHeld / kGroups;
-    constexpr int kAhead = kBits == 4 ? 2 : 1;  // times 16 neurons of a block in one stage
+    constexpr int kAhead = kBits == 4 ? 4 : 2;
     constexpr float kZero = kBits == 8 ? 17 * M::kZero : M::kZero;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
     const int blocks = weight_t.blocks, groups = blocks * kGroups;
     const int begin = blocks * warp / kWarps, end = blocks * (warp + 1) / kWarps;
     const int chunks = (n + kNeurons - 1) / kNeurons;
-    using Stage = uint32_t[kAhead][4][kLoads];
     for (int window = begin; window < end; window += kWindow) {
-      const int upto = min(window + kWindow, end);
-      int next_block = window, next_chunk = 0;
-      const auto load = [&](Stage& stage) {
-#pragma unroll
-        for (int b = 0; b < kAhead; ++b) {
-          const int from = min(next_block, blocks - 1) * kLoads * 32 + 4 * g;
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int j = next_chunk * kNeurons + 2 * q + i % 2 + i / 2 * 8;
-            const uint8_t* const row = weight_t.rows + neurons[min(j, n - 1)] * weight_t.row_bytes;
-#pragma unroll
-            for (int l = 0; l < kLoads; ++l) stage[b][i][l] = load_code_word(row + from + 32 * l);
-          }
-          if (++next_chunk == chunks) {
-            next_chunk = 0;
-            ++next_block;
-          }
-        }
-      };
-      Stage first, second;
-      load(first);
       const int k = lane % 8, group = min(window * kGroups + k, groups - 1);
       float base = 0.0f;  // of this lane's group: what is added to each of its columns
       __syncwarp();       // the last window's factors have been used
@@ -473,9 +443,26 @@ struct PackedRows {
       base += __shfl_xor_sync(kAllLanes, base, 8);
       base += __shfl_xor_sync(kAllLanes, base, 16);
       __syncwarp();
+      const int upto = min(window + kWindow, end);
       float acc[4][4] = {}, high[4][4] = {};
-      int block = window, chunk = 0;
-      const auto work = [&](const Stage& codes) {
+      int next_block = window, next_chunk = 0, block = window, chunk = 0;
+      while (block < upto) {
+        uint32_t codes[kAhead][4][kLoads];
+#pragma unroll
+        for (int b = 0; b < kAhead; ++b) {
+          const int from = min(next_block, blocks - 1) * kLoads * 32 + 4 * g;
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int j = next_chunk * kNeurons + 2 * q + i % 2 + i / 2 * 8;
+            const uint8_t* const row = weight_t.rows + neurons[min(j, n - 1)] * weight_t.row_bytes;
+#pragma unroll
+            for (int l = 0; l < kLoads; ++l) codes[b][i][l] = load_code_word(row + from + 32 * l);
+          }
+          if (++next_chunk == chunks) {
+            next_chunk = 0;
+            ++next_block;
+          }
+        }
 #pragma unroll
         for (int b = 0; b < kAhead; ++b) {
           if (block >= upto) break;
@@ -525,13 +512,6 @@ struct PackedRows {
           chunk = 0;
           ++block;
         }
-      };
-      while (block < upto) {
-        load(second);
-        work(first);
-        if (block >= upto) break;
-        load(first);
-        work(second);
       }
     }
   }

@@ -153,82 +153,75 @@ __device__ __forceinline__ void shadow_dots(const EstimateParams& p, const uint8
                                             const Place (&places)[kSome], int first_matrix, int n,
                                             TileSums<kMatrices, kRows>& sums) {
   constexpr float kZero = ((1 << kBits) - 1) * 0.5f;
+  constexpr int kAhead = kBits <= 2 ? 2 : 1;  // blocks whose loads are in flight together
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   const int begin = p.blocks * warp / kWarps, end = p.blocks * (warp + 1) / kWarps;
-  struct Stage {  // one block of 16 neurons
-    Codes<kBits> codes[kSome][2];
-    uint32_t scale[kSome][2];
-  };
-  int next_block = begin, next_j = 0;
-  const auto load = [&](Stage& stage) {
+  for (int j0 = 0; j0 < n; j0 += 16) {
+    bool wanted[2];
+    const uint8_t* record[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const uint8_t* const record = records + min(next_j + g + 8 * h, n - 1) * p.record_bytes;
+      wanted[h] = j0 + g + 8 * h < n;
+      record[h] = records + min(j0 + g + 8 * h, n - 1) * p.record_bytes;
+    }
+    float acc[kSome][4] = {};
+    for (int block0 = begin; block0 < end; block0 += kAhead) {
+      Codes<kBits> codes[kAhead][kSome][2];
+      uint32_t scale[kAhead][kSome][2];
 #pragma unroll
-      for (int m = 0; m < kSome; ++m) {
-        stage.codes[m][h] =
-            load_codes<kBits>(record + places[m].codes + next_block * 32 * kBits, q, true);
-        stage.scale[m][h] = load_short(record + places[m].scales + 2 * next_block);
+      for (int b = 0; b < kAhead; ++b)
+#pragma unroll
+        for (int m = 0; m < kSome; ++m)
+#pragma unroll
+          for (int h = 0; h < 2; ++h)
+            codes[b][m][h] =
+                load_codes<kBits>(record[h] + places[m].codes + (block0 + b) * 32 * kBits, q,
+                                  wanted[h] && block0 + b < end);
+#pragma unroll
+      for (int b = 0; b < kAhead; ++b)
+#pragma unroll
+        for (int m = 0; m < kSome; ++m)
+#pragma unroll
+          for (int h = 0; h < 2; ++h)
+            scale[b][m][h] =
+                load_short(record[h] + places[m].scales + 2 * min(block0 + b, p.blocks - 1));
+#pragma unroll
+      for (int b = 0; b < kAhead; ++b) {
+        const int block = block0 + b;
+        if (block >= end) break;
+        uint4 x[4] = {};
+        if (g < p.rows) {
+          const auto* const words =
+              reinterpret_cast<const uint4*>(p.x + (g * p.blocks + block) * kShadowBlock + 16 * q);
+#pragma unroll
+          for (int t = 0; t < 4; ++t) x[t] = words[4 * t];
+        }
+        float step[2], zero[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int in = min(2 * q + e, p.rows - 1) * p.blocks + block;
+          step[e] = p.step[in];
+          zero[e] = kZero * p.offset[in];
+        }
+#pragma unroll
+        for (int m = 0; m < kSome; ++m) {
+          int total[4] = {};
+          add_codes<kBits>(codes[b][m][0], codes[b][m][1], x, total);
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            acc[m][i] += __uint_as_float(scale[b][m][i / 2] << 16) *
+                         (step[i % 2] * static_cast<float>(total[i]) - zero[i % 2]);
+        }
       }
     }
-    if (++next_block == end) {
-      next_block = begin;
-      next_j += 16;
-    }
-  };
-  int block = begin, j0 = 0;
-  float acc[kSome][4] = {};
-  const auto work = [&](const Stage& stage) {
-    uint4 x[4];
-    const auto* const words = reinterpret_cast<const uint4*>(
-        p.x + (min(g, p.rows - 1) * p.blocks + block) * kShadowBlock + 16 * q);
-#pragma unroll
-    for (int t = 0; t < 4; ++t) x[t] = words[4 * t];
-    float step[2], zero[2];
-#pragma unroll
-    for (int e = 0; e < (kRows == 1 ? 1 : 2); ++e) {
-      const int in = min(2 * q + e, p.rows - 1) * p.blocks + block;
-      step[e] = p.step[in];
-      zero[e] = kZero * p.offset[in];
-    }
-#pragma unroll
-    for (int m = 0; m < kSome; ++m) {
-      int total[4] = {};
-      add_codes<kBits>(stage.codes[m][0], stage.codes[m][1], x, total);
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (kRows > 1 || i % 2 == 0)
-          acc[m][i] += __uint_as_float(stage.scale[m][i / 2] << 16) *
-                       (step[i % 2] * static_cast<float>(total[i]) - zero[i % 2]);
-    }
-    if (++block < end) return;
 #pragma unroll
     for (int m = 0; m < kSome; ++m)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int r = 2 * q + i % 2, j = j0 + g + i / 2 * 8;
-        if (r < kRows && j < n) sums[warp][j][first_matrix + m][r] = acc[m][i];
-        acc[m][i] = 0.0f;
+        const int r = 2 * q + i % 2;
+        if (r < kRows && wanted[i / 2])
+          sums[warp][j0 + g + i / 2 * 8][first_matrix + m][r] = acc[m][i];
       }
-    block = begin;
-    j0 += 16;
-  };
-  if (begin == end) {  // fewer blocks than warps
-    for (int j = lane; j < n; j += 32)
-      for (int m = 0; m < kSome; ++m)
-        for (int r = 0; r < kRows; ++r) sums[warp][j][first_matrix + m][r] = 0.0f;
-    return;
-  }
-  // The next block's loads are on their way while one is worked on; behind the last one it is read
-  // again.
-  Stage a, b;
-  load(a);
-  while (j0 < n) {
-    load(b);
-    work(a);
-    if (j0 >= n) break;
-    load(a);
-    work(b);
   }
 }
 

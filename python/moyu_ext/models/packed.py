@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from os import PathLike
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +16,7 @@ from ..packing.layer import PackedLinear
 from ..packing.rounding import check_finite
 from ..packing.rows import Format
 from .families import DTYPES, down_projections
+from .fitting import fitted_rows, fitting_batch
 
 Model = TypeVar("Model", bound=nn.Module)
 # A head decides between words that are near each other: with fewer bits it costs more than the
@@ -36,12 +38,19 @@ def pack(
     bits: int | Mapping[str, int] = 8,
     group: int | None = None,
     *,
+    tokenizer: Any = None,
+    texts: Sequence[str] | str | PathLike[str] | None = None,
     progress: bool = True,
 ) -> Model:
     """Round a model's linear layers to packed rows of `bits` bits; in place, returns the model.
 
-    This loses something: at 8 bits hardly any, below 6 bits small models lose much, since each
-    weight goes to the nearest level (docs/findings_packed.md).
+    This loses something: at 8 bits hardly any; below 6 bits small models lose much where each weight
+    goes to the nearest level (docs/findings_packed.md). With a tokenizer the layers are fitted to text
+    instead: what the rounding of one weight loses is made good by the others, for the inputs that each
+    layer gets when those below it are packed (GPTQ, arXiv 2210.17323). That takes minutes, and memory
+    for the text's hidden states.
+    tokenizer: the model's. texts: strings or a UTF-8 file, of which the first 16,384 tokens are used;
+    None with a tokenizer: the model writes its own.
     bits: 3, 4, 5, 6 or 8, or a mapping from patterns of module names ("*.mlp.down_proj") to bits,
     of which the first that fits counts; layers that fit none stay as they are. With one number of
     bits the head has 8. group: columns per scale, 64 by default, or 32 (half a bit more a
@@ -61,11 +70,19 @@ def pack(
         _check_layer(name, model.get_submodule(name), fmt)
     transposed = down_projections(model)
     tied = tied_heads(model)
+    if texts is not None and tokenizer is None:
+        raise ConfigurationError("texts are given without a tokenizer; pass the model's, too")
     with steps("packing", progress) as step:
+        fitted: dict[str, Tensor] = {}
+        if tokenizer is not None:
+            step("text", 0, len(formats))
+            batch = fitting_batch(model, tokenizer, texts)
+            fitted = fitted_rows(model, formats, transposed, batch, step)
         for done, (name, fmt) in enumerate(formats.items()):
             step(name, done, len(formats))
             layer: Any = model.get_submodule(name)
-            replace(model, name, PackedLinear.of(layer, fmt, transposed=name in transposed))
+            rows = fitted.pop(name, None)
+            replace(model, name, PackedLinear.of(layer, fmt, rows, transposed=name in transposed))
     untie(model, [name for name in tied if name in formats])
     config: Any = getattr(model, "config", None)
     if config is not None:

@@ -58,11 +58,15 @@ class PackedLinear(nn.Module):
         )
 
     @classmethod
-    def of(cls, layer: nn.Linear, fmt: Format, *, transposed: bool = False) -> PackedLinear:
-        """The packed twin of a torch.nn.Linear."""
+    def of(
+        cls, layer: nn.Linear, fmt: Format, rows: Tensor | None = None, *, transposed: bool = False
+    ) -> PackedLinear:
+        """The packed twin of a torch.nn.Linear; rows: its packed weights, by default the nearest."""
         packed = cls.like(layer, fmt, transposed=transposed)
         weight = layer.weight.detach()
-        packed.hold(pack_matrix(weight.t() if transposed else weight, fmt))
+        if rows is None:
+            rows = pack_matrix(weight.t() if transposed else weight, fmt)
+        packed.hold(rows)
         if layer.bias is not None:
             packed.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
         return packed.train(layer.training)
