@@ -86,6 +86,7 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 6, 5, 4, 3])
     parser.add_argument("--group", type=int, nargs="+", default=[64, 32])
+    parser.add_argument("--fit", type=Path, help="fit the rounding to this text (not TEXT)")
     parser.add_argument("--windows", type=int, default=12)
     parser.add_argument("--csv", type=Path, help="append the rows to this file")
     args = parser.parse_args()
@@ -100,16 +101,18 @@ def main() -> None:
     writer = csv.writer(out, lineterminator="\n")
     if args.csv is None or args.csv.stat().st_size == 0:
         writer.writerow(COLUMNS)
+    rounding = "nearest" if args.fit is None else f"fitted to {args.fit.name}"
+    fit = {} if args.fit is None else {"tokenizer": tokenizer, "texts": args.fit}
     for bits in args.bits:
         for group in args.group:
-            model = moyu_ext.pack(load(), bits, group)
+            model = moyu_ext.pack(load(), bits, group, **fit)
             scores = numpy.array(compare(dense, model, ids))
             draws = numpy.random.default_rng(0).integers(0, len(scores), (2000, len(scores)))
             low, high = numpy.quantile(scores[draws, 0].mean(1), [0.025, 0.975])
             kl, agreement, before, after = scores.mean(0)
             row = (
                 *(args.model.name, args.text.name, bits, group),
-                *("nearest", f"{bits_a_weight(model):.3f}"),
+                *(rounding, f"{bits_a_weight(model):.3f}"),
                 *(len(ids), len(ids) * SCORED, f"{kl:.6f}", f"{low:.6f}", f"{high:.6f}"),
                 *(f"{agreement:.4f}", f"{numpy.exp(before - after) - 1:.4f}"),
             )

@@ -228,3 +228,46 @@ def test_another_models_packed_layers_are_named(tiny, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigurationError, match="bits is 9"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_fitted_rounding_loses_less_and_leaves_the_rest(tiny):
+    folder = embedded.path("stories_silu")
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = (embedded.path("stories_silu").parent / "heldout.txt").read_text()
+    half = len(text) // 2
+    ids = torch.tensor(tokenizer.encode(text[half:], verbose=False)[:512]).view(4, -1)
+    right = logits(plain, ids).log_softmax(-1)
+
+    def loss(**fit):
+        packed = moyu_ext.pack(copy.deepcopy(plain), 4, **fit)
+        got = logits(packed, ids).log_softmax(-1)
+        return float((right.exp() * (right - got)).sum(-1).mean())
+
+    before = {name: p.clone() for name, p in plain.named_parameters()}
+    assert loss(tokenizer=tokenizer, texts=[text[:half]]) < 0.85 * loss()
+    assert all(torch.equal(p, before[name]) for name, p in plain.named_parameters())
+
+
+def test_a_fit_that_fails_leaves_the_model(tiny, monkeypatch):
+    from moyu_ext.models import fitting
+
+    model = tiny()
+    with pytest.raises(ConfigurationError, match="without a tokenizer"):
+        moyu_ext.pack(model, 4, texts=["words"])
+
+    class Bytes:
+        def encode(self, text, **_):
+            return [3 + b % 90 for b in text.encode()]
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fitting, "pack_fitted", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        moyu_ext.pack(model, 4, tokenizer=Bytes(), texts=["some words " * 20])
+    assert not any(isinstance(m, PackedLinear) for m in model.modules())
+    assert not any(m._forward_hooks for m in model.modules())
+    monkeypatch.undo()
+    moyu_ext.pack(model, 4, tokenizer=Bytes(), texts=["some words " * 20])
+    assert sum(isinstance(m, PackedLinear) for m in model.modules()) == 3 * 7 + 1

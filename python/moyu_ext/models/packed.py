@@ -44,13 +44,13 @@ def pack(
 ) -> Model:
     """Round a model's linear layers to packed rows of `bits` bits; in place, returns the model.
 
-    This loses something: at 8 bits hardly any; below 6 bits small models lose much where each weight
-    goes to the nearest level (docs/findings_packed.md). With a tokenizer the layers are fitted to text
-    instead: what the rounding of one weight loses is made good by the others, for the inputs that each
-    layer gets when those below it are packed (GPTQ, arXiv 2210.17323). That takes minutes, and memory
-    for the text's hidden states.
-    tokenizer: the model's. texts: strings or a UTF-8 file, of which the first 16,384 tokens are used;
-    None with a tokenizer: the model writes its own.
+    This loses something: at 8 bits hardly any; below 6 bits small models lose much where each
+    weight goes to the nearest level (docs/findings_packed.md). With a tokenizer the layers are
+    fitted to text instead: what the rounding of one weight loses is made good by the others, for
+    the inputs that each layer gets when those below it are packed (GPTQ, arXiv 2210.17323). That
+    takes minutes, and memory for the text's hidden states.
+    tokenizer: the model's. texts: strings or a UTF-8 file, of which the first 16,384 tokens are
+    used; None with a tokenizer: the model writes its own.
     bits: 3, 4, 5, 6 or 8, or a mapping from patterns of module names ("*.mlp.down_proj") to bits,
     of which the first that fits counts; layers that fit none stay as they are. With one number of
     bits the head has 8. group: columns per scale, 64 by default, or 32 (half a bit more a

@@ -61,7 +61,7 @@ class PackedLinear(nn.Module):
     def of(
         cls, layer: nn.Linear, fmt: Format, rows: Tensor | None = None, *, transposed: bool = False
     ) -> PackedLinear:
-        """The packed twin of a torch.nn.Linear; rows: its packed weights, by default the nearest."""
+        """The packed twin of a torch.nn.Linear; rows: its packed weights, or None: the nearest."""
         packed = cls.like(layer, fmt, transposed=transposed)
         weight = layer.weight.detach()
         if rows is None:
