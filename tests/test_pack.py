@@ -245,7 +245,7 @@ def test_fitted_rounding_loses_less_and_leaves_the_rest(tiny):
         return float((right.exp() * (right - got)).sum(-1).mean())
 
     before = {name: p.clone() for name, p in plain.named_parameters()}
-    assert loss(tokenizer=tokenizer, texts=[text[:half]]) < 0.85 * loss()
+    assert loss(tokenizer=tokenizer, texts=[text[:half]]) < 0.95 * loss()
     assert all(torch.equal(p, before[name]) for name, p in plain.named_parameters())
 
 
