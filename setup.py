@@ -47,6 +47,7 @@ CPU_SOURCES = [
     "moyu_ext/schemas.cpp",
     "moyu_ext/cpu_ops.cpp",
     "moyu_ext/module.cpp",
+    "moyu_ext/decode_step.cpp",
 ]
 CUDA_SOURCES = sorted(str(path) for path in Path("csrc/cuda").glob("*.cu"))
 # Ascending, so that the last one, whose PTX newer devices run, is the newest.

@@ -221,7 +221,9 @@ def patched_twin(dense: PreTrainedModel, method: Method, projections: bool) -> P
     """A patched copy; all weights are shared but W_down, which has another layout."""
     own = {id(site.linear(site.family.down).weight) for site in find_mlps(dense)}
     shared = {id(p): p for p in dense.parameters() if id(p) not in own}
-    return moyu_ext.patch(copy.deepcopy(dense, shared), method, projections=projections)
+    return moyu_ext.patch(
+        copy.deepcopy(dense, shared), method, projections=projections, decode_step=False
+    )
 
 
 def packed_sides(args: argparse.Namespace, dense: PreTrainedModel) -> dict[str, PreTrainedModel]:

@@ -86,6 +86,51 @@ constexpr int64_t shadow_record_bytes(int64_t d, int32_t bits_gate, int32_t bits
   return (shadow_blocks(d) * (codes + scales) + 63) / 64 * 64;
 }
 
+// x / sqrt(mean(x^2) + eps) * (weight + offset); without a weight x stays as it is.
+struct RmsNorm {
+  const void* weight = nullptr;  // T [n] or null
+  float eps = 0.0f, offset = 0.0f;
+  explicit operator bool() const { return weight != nullptr; }
+};
+
+struct Linear {
+  Matrix weight;               // [n, d]
+  const void* bias = nullptr;  // T [n] or null
+};
+
+// The attention of one decoder layer, with its norms and the residual around it:
+//   hidden += residual_scale * after(o(attention(q_norm(q(x)), k_norm(k(x)), v(x)))), x = before(hidden)
+struct Attention {
+  RmsNorm before, q_norm, k_norm, after;
+  bool wide_norms = false;  // q_norm and k_norm over all heads at once, not over each
+  bool rotary = true;
+  Linear q, k, v, o;  // [heads * head_dim, d], twice [kv_heads * head_dim, d], and
+                      // [d, heads * head_dim]
+  int64_t d = 0, heads = 0, kv_heads = 0, head_dim = 0;
+  float scale = 1.0f;    // of q . k
+  float softcap = 0.0f;  // c: scores become c tanh(score / c); 0: none
+  float residual_scale = 1.0f;
+  DType dtype = DType::kFloat32;
+};
+
+// The rows of a decode step, and where they stand: row r is token r % length of sequence
+// r / length. Keys and values lie in places; the new ones go to past, past + 1, ...
+struct StepRows {
+  int64_t rows = 0, length = 1, past = 0;
+  const int64_t* first = nullptr;  // [rows] the first place that a row sees; the last is its own
+  const float* cos = nullptr;      // [length, rotated] of each sequence
+  const float* sin = nullptr;
+  int64_t rotated = 0;          // leading elements of a head that are rotated, in halves
+  int64_t sequence_stride = 0;  // elements from a sequence's cos to the next one's
+};
+
+// Keys and values of one layer, T [sequences, kv_heads, places, head_dim]: a head's are contiguous.
+struct KeyValues {
+  void* keys = nullptr;
+  void* values = nullptr;
+  int64_t sequence_stride = 0, head_stride = 0;  // in elements
+};
+
 namespace cpu {
 
 // indices[r, 0:count[r]] = ascending i with !(values[r, i] < epsilon[0]); a NaN counts as active,
@@ -133,7 +178,22 @@ void shadow_scores(const Mlp& mlp, const Shadow& shadow, float* scores /* [rows,
 void shadow_mlp(const Mlp& mlp, const Shadow& shadow, const float* epsilon /* [1] or null */,
                 int64_t k, int32_t* counts /* [rows] */, float* workspace);
 
-// Floats of scratch that the two calls above need at the current thread count.
+// One layer's attention for up to kMaxRows rows, see Attention; hidden is float32 [rows, d].
+void attend(const Attention& attention, const StepRows& step, const KeyValues& cache, float* hidden,
+            float* workspace);
+
+// out = norm(hidden), T [rows, d].
+void norm_rows(const float* hidden, const RmsNorm& norm, int64_t rows, int64_t d, DType dtype,
+               void* out);
+
+// hidden += scale * norm(y), y T [rows, d].
+void add_rows(const void* y, const RmsNorm& norm, float scale, int64_t rows, int64_t d, DType dtype,
+              float* hidden);
+
+// Floats of scratch that attend needs at the current thread count.
+size_t attend_workspace_floats(const Attention& attention, int64_t rows);
+
+// Floats of scratch that the two shadow calls need at the current thread count.
 size_t shadow_workspace_floats(int64_t rows, int64_t d, int64_t f);
 
 // Floats of scratch that the others which take some need at the current thread count.

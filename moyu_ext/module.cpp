@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../csrc/moyu.h"
+#include "decode_step.h"
 
 namespace py = pybind11;
 
@@ -54,4 +55,5 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("address"), py::arg("bytes"),
       "Move this memory to huge pages; whether that was done. Its contents stay.");
+  moyu::bind_decode_step(m);
 }

@@ -317,7 +317,8 @@ def test_report(tiny: Make, prompt: Prompt) -> None:
     for r in rows.layers:
         assert (r.f, r.density, r.tokens, r.dense_tokens, r.refreshes) == (96, 0.25, 8, 24, 2)
     text = str(rows)
-    assert "SRIDA(density=0.25" in text and "25.0 %" in text and len(text.splitlines()) == 6
+    assert "SRIDA(density=0.25" in text and "25.0 %" in text and len(text.splitlines()) == 7
+    assert text.endswith("decode: 3 layers in one call, 8 tokens")
     again = report(model).layers[0]
     assert (again.tokens, again.dense_tokens, again.refreshes) == (0, 0, 0)
 

@@ -176,6 +176,7 @@ FLOORS = (
     ("models",),
     ("shadow", "guard", "integrations"),
     ("methods",),
+    ("decoding",),
     ("patching",),
     ("calibration",),
     ("evaluation",),

@@ -94,6 +94,25 @@ void shadow_mlp(const Mlp& mlp, const Shadow& shadow, const float* epsilon, int6
   current()->shadow_mlp(mlp, shadow, epsilon, k, counts, workspace);
 }
 
+void attend(const Attention& attention, const StepRows& step, const KeyValues& cache, float* hidden,
+            float* workspace) {
+  current()->attend(attention, step, cache, hidden, workspace);
+}
+
+void norm_rows(const float* hidden, const RmsNorm& norm, int64_t rows, int64_t d, DType dtype,
+               void* out) {
+  current()->norm_rows(hidden, norm, rows, d, dtype, out);
+}
+
+void add_rows(const void* y, const RmsNorm& norm, float scale, int64_t rows, int64_t d, DType dtype,
+              float* hidden) {
+  current()->add_rows(y, norm, scale, rows, d, dtype, hidden);
+}
+
+size_t attend_workspace_floats(const Attention& attention, int64_t rows) {
+  return AttendScratch(nullptr, attention, rows).floats();
+}
+
 size_t shadow_workspace_floats(int64_t rows, int64_t d, int64_t f) {
   return Scratch(nullptr, rows, d, f).floats();
 }

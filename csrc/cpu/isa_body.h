@@ -26,6 +26,8 @@ namespace {
 #include "shadow_scores.h"
 #include "choose.h"
 #include "shadow_mlp.h"
+#include "norms.h"
+#include "attend.h"
 // clang-format on
 }  // namespace
 }  // namespace moyu::cpu::MOYU_ISA
@@ -35,10 +37,17 @@ namespace moyu::cpu {
 #define MOYU_CONCAT(a, b) MOYU_CONCAT_(a, b)
 #define MOYU_STRING_(a) #a
 #define MOYU_STRING(a) MOYU_STRING_(a)
-extern const Kernels MOYU_CONCAT(MOYU_ISA, _kernels) = {
-    MOYU_STRING(MOYU_ISA),        &runs_here,
-    &MOYU_ISA::threshold_compact, &MOYU_ISA::gather_gemv,
-    &MOYU_ISA::gather_gemv_t,     &MOYU_ISA::unpack_rows,
-    &MOYU_ISA::sparse_mlp,        &MOYU_ISA::threshold_mlp,
-    &MOYU_ISA::shadow_scores,     &MOYU_ISA::shadow_mlp};
+extern const Kernels MOYU_CONCAT(MOYU_ISA, _kernels) = {MOYU_STRING(MOYU_ISA),
+                                                        &runs_here,
+                                                        &MOYU_ISA::threshold_compact,
+                                                        &MOYU_ISA::gather_gemv,
+                                                        &MOYU_ISA::gather_gemv_t,
+                                                        &MOYU_ISA::unpack_rows,
+                                                        &MOYU_ISA::sparse_mlp,
+                                                        &MOYU_ISA::threshold_mlp,
+                                                        &MOYU_ISA::shadow_scores,
+                                                        &MOYU_ISA::shadow_mlp,
+                                                        &MOYU_ISA::attend,
+                                                        &MOYU_ISA::norm_rows,
+                                                        &MOYU_ISA::add_rows};
 }  // namespace moyu::cpu

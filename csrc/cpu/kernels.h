@@ -16,6 +16,9 @@ struct Kernels {
   decltype(&cpu::threshold_mlp) threshold_mlp;
   decltype(&cpu::shadow_scores) shadow_scores;
   decltype(&cpu::shadow_mlp) shadow_mlp;
+  decltype(&cpu::attend) attend;
+  decltype(&cpu::norm_rows) norm_rows;
+  decltype(&cpu::add_rows) add_rows;
 };
 
 // Each is defined in isa_<name>.cpp where the compiler targets that architecture.

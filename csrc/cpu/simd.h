@@ -76,6 +76,9 @@ constexpr int kLanes = 16;
 MOYU_INLINE Vec zero() { return _mm512_setzero_ps(); }
 MOYU_INLINE Vec broadcast(float v) { return _mm512_set1_ps(v); }
 MOYU_INLINE Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+MOYU_INLINE Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+MOYU_INLINE Vec larger(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+MOYU_INLINE Vec times_power_of_2(Vec v, Vec n) { return _mm512_scalef_ps(v, n); }
 MOYU_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 MOYU_INLINE Vec load(const float* p) { return _mm512_loadu_ps(p); }
 MOYU_INLINE Vec load(const Half* p) {
@@ -95,6 +98,12 @@ constexpr int kLanes = 8;
 MOYU_INLINE Vec zero() { return _mm256_setzero_ps(); }
 MOYU_INLINE Vec broadcast(float v) { return _mm256_set1_ps(v); }
 MOYU_INLINE Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+MOYU_INLINE Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+MOYU_INLINE Vec larger(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+MOYU_INLINE Vec times_power_of_2(Vec v, Vec n) {
+  const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+  return _mm256_mul_ps(v, _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23)));
+}
 MOYU_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 MOYU_INLINE Vec load(const float* p) { return _mm256_loadu_ps(p); }
 MOYU_INLINE Vec load(const Half* p) {
@@ -118,6 +127,12 @@ constexpr int kLanes = 4;
 MOYU_INLINE Vec zero() { return vdupq_n_f32(0.0f); }
 MOYU_INLINE Vec broadcast(float v) { return vdupq_n_f32(v); }
 MOYU_INLINE Vec add(Vec a, Vec b) { return vaddq_f32(a, b); }
+MOYU_INLINE Vec mul(Vec a, Vec b) { return vmulq_f32(a, b); }
+MOYU_INLINE Vec larger(Vec a, Vec b) { return vmaxq_f32(a, b); }
+MOYU_INLINE Vec times_power_of_2(Vec v, Vec n) {
+  const int32x4_t biased = vaddq_s32(vcvtnq_s32_f32(n), vdupq_n_s32(127));
+  return vmulq_f32(v, vreinterpretq_f32_s32(vshlq_n_s32(biased, 23)));
+}
 MOYU_INLINE Vec fma(Vec a, Vec b, Vec c) { return vfmaq_f32(c, a, b); }
 MOYU_INLINE Vec load(const float* p) { return vld1q_f32(p); }
 MOYU_INLINE Vec load(const Half* p) {
@@ -137,6 +152,9 @@ constexpr int kLanes = 1;
 MOYU_INLINE Vec zero() { return 0.0f; }
 MOYU_INLINE Vec broadcast(float v) { return v; }
 MOYU_INLINE Vec add(Vec a, Vec b) { return a + b; }
+MOYU_INLINE Vec mul(Vec a, Vec b) { return a * b; }
+MOYU_INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }  // b where one is a NaN
+MOYU_INLINE Vec times_power_of_2(Vec v, Vec n) { return std::ldexp(v, static_cast<int>(n)); }
 MOYU_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 template <class T>
 MOYU_INLINE Vec load(const T* p) {
@@ -146,6 +164,25 @@ MOYU_INLINE void store(float* p, Vec v) { *p = v; }
 MOYU_INLINE float sum(Vec v) { return v; }
 
 #endif
+
+// e^x for x <= 0 within 2 ulp (a NaN stays one), flushed to some 1e-38 below -87: Cody and Waite's
+// reduction to |r| <= ln(2) / 2, then the Taylor polynomial of degree 7.
+MOYU_INLINE Vec exp_of(Vec x) {
+  x = larger(broadcast(-87.0f), x);
+  const Vec magic = broadcast(12582912.0f), minus_magic = broadcast(-12582912.0f);
+  const Vec n = add(fma(x, broadcast(1.44269504088896341f), magic), minus_magic);
+  Vec r = fma(n, broadcast(-0.693359375f), x);
+  r = fma(n, broadcast(2.12194440e-4f), r);
+  Vec p = broadcast(1.0f / 5040);
+  p = fma(p, r, broadcast(1.0f / 720));
+  p = fma(p, r, broadcast(1.0f / 120));
+  p = fma(p, r, broadcast(1.0f / 24));
+  p = fma(p, r, broadcast(1.0f / 6));
+  p = fma(p, r, broadcast(0.5f));
+  p = fma(p, r, broadcast(1.0f));
+  p = fma(p, r, broadcast(1.0f));
+  return times_power_of_2(p, n);
+}
 
 // The form in which a dot product with weights of type T wants the input row.
 template <class T>

@@ -75,6 +75,14 @@ class LayerGuard:
         self._turn += 1
         return self._turn % rows
 
+    def waits(self, rows: int) -> bool:
+        """Whether none of the next `rows` tokens is to be measured."""
+        return self._seen + rows < self.every
+
+    def pass_by(self, rows: int) -> None:
+        """Count `rows` tokens for which it waits."""
+        self._seen += rows
+
     def measure(self, x: Tensor, weights: MlpWeights, norms: Tensor, active: Tensor) -> None:
         """Add one token: x [1, d], column norms [f], what the router chose bool [1, f]."""
         act = ACTIVATIONS[weights.activation]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -20,11 +21,34 @@ from ..guard import LayerGuard
 from ..models.weights import MlpWeights
 
 
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiled decode step needs to run one layer's MLP under a rule, without Python.
+
+    plan: "given" (all neurons, or a set that the sequence has), "gate" or "product" (a threshold
+    on the way: scale float32 [f] or None, epsilon float32 [1]) or "shadow" (records and bits of
+    gate and up, scale: norms float32 [f], epsilon or the top k). counts: whether the step counts
+    active neurons for the report.
+    """
+
+    plan: str
+    scale: Tensor | None = None
+    epsilon: Tensor | None = None
+    records: Tensor | None = None
+    bits: tuple[int, int] = (0, 0)
+    k: int = 0
+    counts: bool = True
+
+
 class LayerRule(ABC):  # noqa: B024
     """What the rules of one layer have in common, of whatever level."""
 
     added_bytes: int = 0
     """What the rule keeps beside the weights and reads at each token: a shadow, a router."""
+
+    def compiled(self) -> Compiled | None:
+        """How the compiled decode step runs it; None where it takes Python."""
+        return None
 
 
 class TokenRule(LayerRule):
@@ -70,6 +94,10 @@ class PredictedRule(TokenRule):
 class SequenceRule(LayerRule):
     """The rule of one layer that fixes one set per sequence from a running sum over its prompt."""
 
+    def compiled(self) -> Compiled | None:
+        """See `LayerRule`: the set is the sequence's, and counted where it is chosen."""
+        return Compiled("given", counts=False)
+
     @abstractmethod
     def statistic(self, a: Tensor) -> Tensor:
         """Activations a [n, f] -> what each token adds to the running sum, float32 [n, f], >= 0."""
@@ -81,6 +109,10 @@ class SequenceRule(LayerRule):
 
 class AdaptiveRule(SequenceRule):
     """The rule of one layer that judges each token in the light of its sequence so far."""
+
+    def compiled(self) -> Compiled | None:
+        """See `LayerRule`."""
+        return None
 
     @abstractmethod
     def active(self, x: Tensor, running_sum: Tensor, tokens: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..models.weights import MlpWeights
-from .base import Method, TokenRule
+from .base import Compiled, Method, TokenRule
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +32,9 @@ class _AllNeurons(TokenRule):
     def apply(self, x: Tensor, weights: MlpWeights) -> tuple[Tensor, Tensor]:
         counts = torch.full((x.shape[0],), weights.f, dtype=torch.int32, device=x.device)
         return weights.given(x), counts
+
+    def compiled(self) -> Compiled:
+        return Compiled("given")
 
     def active(self, x: Tensor, gate: Tensor, product: Tensor) -> Tensor:
         return torch.ones_like(product, dtype=torch.bool)

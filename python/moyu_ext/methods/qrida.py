@@ -19,6 +19,7 @@ from ..shadow.reference import choose
 from ..shadow.reference import shadow_scores as plain_scores
 from ..shadow.store import Shadows
 from .base import (
+    Compiled,
     Method,
     TokenRule,
     check_choice,
@@ -260,6 +261,11 @@ class _ShadowRule(TokenRule):
             x = x[row : row + 1]
             self.guard.measure(x, weights, norms, self.chosen(x, weights))
         return out, counts
+
+    def compiled(self) -> Compiled:
+        s = self.router.shadow
+        bits = (s.bits_gate, s.bits_up)
+        return Compiled("shadow", self.router.norms, self.epsilon, s.data, bits, self.k)
 
     def chosen(self, x: Tensor, weights: MlpWeights) -> Tensor:
         """By the operator's own scores: of two nearly equal ones plain PyTorch may keep another."""

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from ..models.weights import MlpWeights
-from .base import Method, TokenRule, check_choice, check_thresholds, describe, epsilon_of, epsilons
+from .base import (
+    Compiled,
+    Method,
+    TokenRule,
+    check_choice,
+    check_thresholds,
+    describe,
+    epsilon_of,
+    epsilons,
+)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -62,6 +71,9 @@ class _Threshold(TokenRule):
 
     def apply(self, x: Tensor, weights: MlpWeights) -> tuple[Tensor, Tensor]:
         return weights.by_threshold(x, self.plan, self.scale, self.epsilon)
+
+    def compiled(self) -> Compiled:
+        return Compiled(self.plan, self.scale, self.epsilon)
 
     def active(self, x: Tensor, gate: Tensor, product: Tensor) -> Tensor:
         score = gate.float().abs() if self.scale is None else product.float().abs() * self.scale

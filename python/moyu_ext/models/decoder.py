@@ -20,6 +20,10 @@ class Arguments:
             name: i for i, name in enumerate(inspect.signature(decoder.forward).parameters)
         }
 
+    def knows(self, name: str) -> bool:
+        """Whether the forward has an argument of this name."""
+        return name in self._position
+
     def get(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """The argument `name`, or None."""
         if name in kwargs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,15 +12,19 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from ..decoding.loop import generate_with
+from ..decoding.stack import NotTaken, Stack, read_stack
+from ..decoding.step import DecodeStep
 from ..errors import ConfigurationError, PatchStateError, UnsupportedModelError
 from ..methods.base import Method
 from ..methods.qrida import QRIDA
 from ..models.decoder import find_decoder
-from ..models.families import check_hooks, find_mlps
+from ..models.families import MlpSite, check_hooks, find_mlps
 from ..models.fingerprint import fingerprint
+from .governor import PatchedMlps
 from .passes import Context, ScoringHooks, SequenceHooks, TokenHooks, register
 from .projections import Projection, find_projections
-from .report import LayerReport, Report
+from .report import LayerReport, Report, StepReport
 from .sparse_mlp import Bypass, SparseMLP, StandIn, make_contiguous
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -36,6 +41,7 @@ class _Patch:
     context: Context
     hooks: SequenceHooks | None
     projections: int = 0
+    step: DecodeStep | str = ""  # or why there is none
     undo: list[Callable[[], None]] = field(default_factory=list)
 
     def revert(self) -> None:
@@ -51,13 +57,20 @@ def patch(
     *,
     layers: Iterable[int] | None = None,
     projections: bool = False,
+    decode_step: bool = True,
 ) -> Model:
     """Let `method` decide which neurons the model's MLPs compute; in place, returns the model.
 
     method: QRIDA() by default, which needs no calibration and keeps no state. layers: the indices
     of the MLPs to patch (negative ones count from the end), all by default. projections: also run
     the linear layers beside the MLPs (attention's, the head) with the project's own GEMV, up to 8
-    rows at a time (4 on a GPU): all of their neurons, so nothing but rounding changes. The model
+    rows at a time (4 on a GPU): all of their neurons, so nothing but rounding changes.
+    decode_step: on a CPU, run the decoder layers of a forward of 1 to 8 tokens that continues a
+    cache in one compiled call, attention included, where the decoder is of a known class and
+    computes what that class does, and let `generate` run greedy decoding and sampling in a loop
+    that costs less; nothing but rounding changes. Other forwards, and those with
+    hooks, output_attentions, gradients or unusual masks and caches, go through the layers as ever;
+    `report` says how many, and why. The model
     keeps its parameters and their names; W_down is laid out neuron-major, so memory peaks one
     W_down above the model's (and QRIDA adds its shadows). For
     inference on the device the model is on.
@@ -121,6 +134,10 @@ def patch(
             _pickle_without(decoder, patched.undo)
         if decoder is not model:
             _pickle_without(model, patched.undo)
+        if decode_step:
+            patched.step = _install_step(model, patched, sites)
+        else:
+            patched.step = "decode_step=False"
     except BaseException:
         patched.revert()
         raise
@@ -182,7 +199,14 @@ def report(model: nn.Module, *, reset: bool = False) -> Report:
     if reset:
         for meter in meters:
             meter.reset()
-    return Report(repr(patched.method), tuple(rows), patched.projections)
+    step = patched.step
+    if isinstance(step, str):
+        steps = StepReport(0, 0, {}, step)
+    else:
+        steps = StepReport(len(step.stack.layers), step.taken, dict(step.left))
+        if reset:
+            step.reset()
+    return Report(repr(patched.method), tuple(rows), patched.projections, steps)
 
 
 @contextmanager
@@ -231,6 +255,39 @@ def _patch_of(model: nn.Module) -> _Patch:
             "first, and pass the same object here"
         )
     return patched
+
+
+def _install_step(model: nn.Module, patched: _Patch, sites: list[MlpSite]) -> DecodeStep | str:
+    """Let decode steps take the place of the decoder's forward, and the loop around them that of
+    generate's; or why that cannot be."""
+    decoder = patched.decoder
+    if decoder is None or any(site.family.inline for site in sites):
+        return "the decoder is not of a known shape"
+    if "forward" in decoder.__dict__:
+        return "the decoder has a forward of its own"
+    layers = [site.layer for site in sites]
+
+    def read() -> Stack:
+        return read_stack(decoder, layers)
+
+    governor = PatchedMlps(sites, patched.mlps, patched.method, patched.context)
+    try:
+        step = DecodeStep(read(), read, governor)
+        step.check()
+    except NotTaken as reason:
+        return str(reason)
+
+    @functools.wraps(decoder.forward)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return step.forward(*args, **kwargs)
+
+    decoder.__dict__["forward"] = forward
+    patched.undo.append(lambda: decoder.__dict__.pop("forward", None))
+    generate = generate_with(model)
+    if generate is not None:
+        model.__dict__["generate"] = generate
+        patched.undo.append(lambda: model.__dict__.pop("generate", None))
+    return step
 
 
 def _layer_indices(layers: Iterable[int] | None, count: int) -> list[int]:
@@ -282,10 +339,15 @@ def _replace(
 def _pickle_without(module: nn.Module, undo: list[Callable[[], None]]) -> None:
     """Let copies and pickles of this module forget the patch: they are the unpatched model."""
 
+    before = set(module.__dict__)
+
     def __getstate__() -> dict[str, Any]:
         state = dict(module.__dict__)
         state.pop("__getstate__")
         state.pop(_PATCH, None)
+        for ours in ("forward", "generate"):
+            if ours not in before:
+                state.pop(ours, None)
         for hooks in ("_forward_pre_hooks", "_forward_hooks"):
             kept = {
                 key: hook

@@ -33,15 +33,40 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class StepReport:
+    """The compiled decode step since the patch (or the last reset).
+
+    layers: decoder layers that it runs, 0 where there is none, and reason says why; tokens: decoded
+    by it; left: forwards of few tokens behind a cache that went through the layers' own forwards,
+    by reason.
+    """
+
+    layers: int
+    tokens: int
+    left: dict[str, int]
+    reason: str = ""
+
+    def __str__(self) -> str:
+        if not self.layers:
+            return f"decode: through the layers' own forwards ({self.reason})"
+        line = f"decode: {self.layers} layers in one call, {self.tokens} tokens"
+        for reason, count in self.left.items():
+            line += f"; {count} forwards not so: {reason}"
+        return line
+
+
+@dataclass(frozen=True)
 class Report:
     """The patched layers and the method's description; `str()` gives a table.
 
-    projections: linear layers beside the MLPs that run with the project's own GEMV.
+    projections: linear layers beside the MLPs that run with the project's own GEMV; step: the
+    compiled decode step.
     """
 
     method: str
     layers: tuple[LayerReport, ...]
     projections: int = 0
+    step: StepReport = StepReport(0, 0, {}, "not asked for")
 
     @property
     def density(self) -> float:
@@ -119,6 +144,7 @@ class Report:
             lines.append(self.cost())
         if self.projections:
             lines.append(f"{self.projections} linear layers beside the MLPs by moyu_ext's own GEMV")
+        lines.append(str(self.step))
         return "\n".join(lines)
 
 

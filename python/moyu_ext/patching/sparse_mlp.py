@@ -188,7 +188,8 @@ class SparseMLP(StandIn):
         self.weights = None
         return self
 
-    def _read_weights(self) -> MlpWeights:
+    def read_weights(self) -> MlpWeights:
+        """The weights as they are now, which the rule is bound to anew."""
         check_weights(self.site)
         self.take_layout()
         assert self.weights is not None
@@ -227,7 +228,7 @@ class SparseMLP(StandIn):
             )
         weights = self.weights
         if weights is None or self._changed():
-            weights = self._read_weights()
+            weights = self.read_weights()
         current = self.context.current
         if self.per_token and (current is None or current.govern is None):
             return self._by_token(x, weights, current)

@@ -113,7 +113,7 @@ def _texts(setting: Setting, subject: Subject, count: int) -> dict[str, Tensor]:
 def _decode(subject: Subject, method: QRIDA, rows: Tensor, dense: float) -> dict[str, Any]:
     """Decode rows one after the other, a token at a time, each behind a dense prompt."""
     model = subject.model
-    patch(model, method)
+    patch(model, method, decode_step=False)  # the rules' own Python is watched
     try:
         meters = [_watched(site.entry.rule) for site in subject.sites]
         losses: list[float] = []
