@@ -120,8 +120,14 @@ def test_some_layers(prompt: Prompt) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("bits", [{"*": 4}, {"*.q_proj": 4, "*.o_proj": 8, "*.gate_proj": 8,
-                                             "*.up_proj": 8, "*.down_proj": 5}], ids=["all", "some"])  # fmt: skip
+@pytest.mark.parametrize(
+    "bits",
+    [
+        {"*": 4},
+        {"*.[qv]_proj": 4, "*.o_proj": 8, "*.gate_proj": 8, "*.up_proj": 8, "*.down_proj": 5},
+    ],
+    ids=["all", "some"],
+)
 def test_packed(bits: dict[str, int], dtype: torch.dtype, prompt: Prompt) -> None:
     """Packed and plain projections side by side, as the packed model computes itself."""
     model = pack(family("Qwen2", dtype), bits, progress=False)

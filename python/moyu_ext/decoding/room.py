@@ -20,20 +20,6 @@ _ROOM = "_moyu_room"
 LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer)
 
 
-@dataclass
-class _Room:
-    """Buffers [batch, heads, places, head_dim], and the views of them that the layer has."""
-
-    keys: Tensor
-    values: Tensor
-    seen: tuple[Tensor, Tensor]
-    begin: int
-    """Place of the views' first token."""
-
-    def __reduce__(self) -> Any:
-        return type(None), ()  # copies and pickles of a cache get a room of their own
-
-
 @dataclass(frozen=True)
 class Places:
     """Where a layer's tokens lie: addresses of keys and values, and elements from one sequence and
@@ -43,6 +29,48 @@ class Places:
     values: int
     sequence_stride: int
     head_stride: int
+
+
+class _Room:
+    """Buffers [batch, heads, places, head_dim] of a dynamic layer, of whose places [begin, end) are
+    the layer's keys and values; shape: (batch, heads, head_dim)."""
+
+    def __init__(self, keys: Tensor, values: Tensor, tokens: int) -> None:
+        batch, heads, self.end, size = keys.shape
+        self.shape = (batch, heads, size)
+        self.begin = 0
+        self.most = self.end + tokens + max(256, self.end // 4)
+        self.buffers = [t.new_empty(batch, heads, self.most, size) for t in (keys, values)]
+        for buffer, tensor in zip(self.buffers, (keys, values), strict=True):
+            buffer[:, :, : self.end] = tensor
+        self.keys, self.values = keys, values  # as the layer has them
+        self.places = self._places()
+
+    def _places(self) -> Places:
+        offset = self.begin * self.shape[2] * self.keys.element_size()
+        keys, values = (buffer.data_ptr() + offset for buffer in self.buffers)
+        return Places(keys, values, self.buffers[0].stride(0), self.buffers[0].stride(1))
+
+    def fits(self, layer: Any, tokens: int, shape: tuple[int, int, int]) -> bool:
+        return (
+            self.keys is layer.keys
+            and self.values is layer.values
+            and self.end + tokens <= self.most
+            and self.shape == shape
+        )
+
+    def extend(self, tokens: int, keep: int | None) -> None:
+        """Let tokens in, and the first ones out of more than `keep`."""
+        self.end += tokens
+        if keep is not None and self.end - self.begin > keep:
+            self.begin = self.end - keep
+            self.places = self._places()
+        self.keys, self.values = (
+            buffer.narrow(2, self.begin, self.end - self.begin) for buffer in self.buffers
+        )
+
+    def __reduce__(self) -> Any:
+        return type(None), ()  # copies and pickles of a cache get a room of their own
 
 
 class NoRoom(Exception):
@@ -55,59 +83,43 @@ def check_cache(cache: Any, layers: int) -> None:
         raise NoRoom(f"a cache of class {type(cache).__name__}")
     if len(cache.layers) != layers:
         raise NoRoom("a cache of another number of layers")
-    for layer in cache.layers:
-        if type(layer) not in LAYERS:
-            raise NoRoom(f"a cache layer of class {type(layer).__name__}")
-        if not layer.is_initialized:
-            raise NoRoom("an empty cache")
 
 
-def stored(layer: Any) -> int:
-    """Tokens that the layer holds, of which a sliding one has dropped the others."""
-    if type(layer) is StaticLayer:
-        return int(layer.cumulative_length)
-    return int(layer.keys.shape[-2])
-
-
-def make_room(layer: Any, tokens: int, dtype: torch.dtype, shape: tuple[int, int, int]) -> Places:
-    """Room for `tokens` more; shape: (batch, heads, head_dim). NoRoom where the layer's tensors are
-    of another shape or dtype."""
-    keys, values = layer.keys, layer.values
-    batch, heads, size = shape
-    for tensor in (keys, values):
+def make_room(
+    layer: Any, tokens: int, dtype: torch.dtype, shape: tuple[int, int, int]
+) -> tuple[int, Places]:
+    """Room for `tokens` more: how many the layer holds, and where; shape: (batch, heads, head_dim).
+    NoRoom where the layer is of another kind, or its tensors of another shape or dtype."""
+    if getattr(layer, "record_past", False):
+        raise NoRoom("a sliding cache that keeps what it drops")
+    room = getattr(layer, _ROOM, None)
+    if room is not None and room.fits(layer, tokens, shape):
+        return room.end - room.begin, room.places
+    if type(layer) not in LAYERS:
+        raise NoRoom(f"a cache layer of class {type(layer).__name__}")
+    if not layer.is_initialized:
+        raise NoRoom("an empty cache layer")
+    for tensor in (layer.keys, layer.values):
         if tensor.dtype != dtype or not tensor.is_cpu:
             raise NoRoom("a cache of another dtype or device")
         if (*tensor.shape[:2], tensor.shape[3]) != shape:
             raise NoRoom("a cache of another shape")
     if type(layer) is StaticLayer:
-        if not (keys.is_contiguous() and values.is_contiguous()):
-            raise NoRoom("a static cache that is not contiguous")
-        if stored(layer) + tokens > keys.shape[2]:
-            raise NoRoom("a static cache that is full")
-        return Places(keys.data_ptr(), values.data_ptr(), keys.stride(0), keys.stride(1))
-    if type(layer) is DynamicSlidingWindowLayer and layer.record_past:
-        raise NoRoom("a sliding cache that keeps what it drops")
-    past = keys.shape[2]
-    room = getattr(layer, _ROOM, None)
-    if (
-        room is None
-        or room.seen[0] is not keys
-        or room.seen[1] is not values
-        or room.begin + past + tokens > room.keys.shape[2]
-    ):
-        places = past + tokens + max(256, past // 4)
-        buffers = []
-        for tensor in (keys, values):
-            buffer = tensor.new_empty(batch, heads, places, size)
-            buffer[:, :, :past] = tensor
-            buffers.append(buffer)
-        room = _Room(buffers[0], buffers[1], (keys, values), 0)
-        setattr(layer, _ROOM, room)
-    offset = room.begin * size * keys.element_size()
-    stride = room.keys.stride()
-    return Places(
-        room.keys.data_ptr() + offset, room.values.data_ptr() + offset, stride[0], stride[1]
-    )
+        return _static(layer, tokens)
+    room = _Room(layer.keys, layer.values, tokens)
+    setattr(layer, _ROOM, room)
+    return room.end, room.places
+
+
+def _static(layer: StaticLayer, tokens: int) -> tuple[int, Places]:
+    keys: Any = layer.keys
+    values: Any = layer.values
+    if not (keys.is_contiguous() and values.is_contiguous()):
+        raise NoRoom("a static cache that is not contiguous")
+    held = int(layer.cumulative_length)
+    if held + tokens > keys.shape[2]:
+        raise NoRoom("a static cache that is full")
+    return held, Places(keys.data_ptr(), values.data_ptr(), keys.stride(0), keys.stride(1))
 
 
 def extend(layer: Any, tokens: int) -> None:
@@ -115,13 +127,10 @@ def extend(layer: Any, tokens: int) -> None:
     if type(layer) is StaticLayer:
         layer.cumulative_length.add_(tokens)
         return
-    room, drop = getattr(layer, _ROOM), 0
-    end = layer.keys.shape[2] + tokens
+    keep = None
     if type(layer) is DynamicSlidingWindowLayer:
         layer.cumulative_length += tokens
-        drop = max(0, end - (layer.sliding_window - 1))
-    end += room.begin
-    room.begin += drop
-    layer.keys = room.keys[:, :, room.begin : end]
-    layer.values = room.values[:, :, room.begin : end]
-    room.seen = (layer.keys, layer.values)
+        keep = layer.sliding_window - 1
+    room = getattr(layer, _ROOM)
+    room.extend(tokens, keep)
+    layer.keys, layer.values = room.keys, room.values

@@ -128,16 +128,47 @@ class Stack:
         multiplier = getattr(self.decoder, "embedding_multiplier", None)
         return x if multiplier is None else x * multiplier
 
-    def rotations(self, x: Tensor, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """cos and sin per kind, [1 or batch, n, rotated], by the model's own module."""
-        rotary = self.decoder.rotary_emb
-        if not _by_type(rotary):
-            return [rotary(x, position_ids=positions)] * len(self.kinds)
-        return [rotary(x, positions, kind) for kind in self.kinds]
+
+# Ways to scale rotary embeddings that look at a position alone, not at the length of the text.
+_FIXED = {"default", "linear", "llama3", "yarn"}
+_AHEAD = 64
 
 
-def _by_type(rotary: Any) -> bool:
-    return "layer_type" in inspect.signature(type(rotary).forward).parameters
+class Rotations:
+    """cos and sin of a decoder's positions, by its own module, some positions ahead."""
+
+    def __init__(self, decoder: Any, kinds: Sequence[str]) -> None:
+        self.rotary, self.kinds = decoder.rotary_emb, kinds
+        types = getattr(self.rotary, "rope_type", None)
+        types = types.values() if isinstance(types, dict) else [types]
+        self.fixed = set(types) <= _FIXED
+        self.by_type = "layer_type" in inspect.signature(type(self.rotary).forward).parameters
+        self.first = 0
+        self.table: list[tuple[Tensor, Tensor]] = []
+
+    def at(self, x: Tensor, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Per kind, float32 [1 or batch, n, rotated]; x: the layers' input, for its dtype."""
+        if not self.fixed or positions.dim() != 2:
+            return self._compute(x, positions)
+        wanted = positions.tolist()
+        low, high = min(map(min, wanted)), max(map(max, wanted))
+        if high - low >= _AHEAD:
+            return self._compute(x, positions)
+        if not self.table or low < self.first or high >= self.first + _AHEAD:
+            self.first = low
+            self.table = self._compute(x, torch.arange(low, low + _AHEAD).unsqueeze(0))
+        if len(wanted) == 1 and high - low + 1 == len(wanted[0]):
+            part = slice(low - self.first, high - self.first + 1)
+            return [(cos[:, part], sin[:, part]) for cos, sin in self.table]
+        index = positions - self.first
+        return [(cos[0, index], sin[0, index]) for cos, sin in self.table]
+
+    def _compute(self, x: Tensor, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
+        found = []
+        for kind in self.kinds if self.by_type else self.kinds[:1]:
+            more = (kind,) if self.by_type else ()
+            found.append(tuple(t.float().contiguous() for t in self.rotary(x, positions, *more)))
+        return found if self.by_type else found * len(self.kinds)
 
 
 def read_stack(decoder: Any, layers: Sequence[nn.Module]) -> Stack:

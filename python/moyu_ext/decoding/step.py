@@ -5,7 +5,8 @@ from __future__ import annotations
 import operator
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from itertools import repeat
 from typing import Any, Protocol
 
 import torch
@@ -22,8 +23,18 @@ from ..models.weights import MlpWeights
 from ..packing.rows import format_of
 from ..reference import ACTIVATIONS
 from .places import first_places
-from .room import NoRoom, check_cache, extend, make_room, stored
-from .stack import AttentionSpec, LayerSpec, Norm, NotTaken, Probe, Projection, Stack, differs
+from .room import NoRoom, check_cache, extend, make_room
+from .stack import (
+    AttentionSpec,
+    LayerSpec,
+    Norm,
+    NotTaken,
+    Probe,
+    Projection,
+    Rotations,
+    Stack,
+    differs,
+)
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _NOTHING = (0, 0, 0, 0)
@@ -107,14 +118,15 @@ class DecodeStep:
             return None
         self._check_call(args, kwargs)
         check_cache(cache, len(self.stack.layers))
-        past = int(cache.get_seq_length())
-        if past == 0:
-            return None
         if not self._lock.acquire(blocking=False):
             raise NotTaken("another thread's step runs")
         try:
             if not self._watch.holds():
                 self._rebuild()
+            held = self._make_room(cache, batch, length)
+            past = int(cache.get_seq_length())
+            if past == 0:
+                return None
             get = self.arguments.get
             ids, embeds = get("input_ids", args, kwargs), get("inputs_embeds", args, kwargs)
             x = self.stack.embed(ids, embeds)
@@ -124,8 +136,7 @@ class DecodeStep:
             if positions is None:
                 positions = torch.arange(past, past + length).unsqueeze(0)
             mask = get(_ATTENTION, args, kwargs)
-            kinds, keep = self._kinds(x, positions, mask, cache, past, batch, length)
-            self._make_room(cache, batch, length)
+            kinds, keep = self._kinds(x, positions, mask, held, past, batch, length)
             ready = self.governor.ready(rows)
             if ready is None:
                 raise NotTaken("a forward that is no decode step of its method")
@@ -161,16 +172,15 @@ class DecodeStep:
         x: Tensor,
         positions: Tensor,
         mask: Any,
-        cache: Any,
+        held: list[int],
         past: int,
         batch: int,
         length: int,
     ) -> tuple[list[tuple[Any, ...]], list[Tensor]]:
         stack, kinds, keep = self.stack, [], []
-        held = [stored(layer) for layer in cache.layers]
-        rotations = stack.rotations(x, positions)
+        rotations = self._rotations.at(x, positions)
         for kind, name in enumerate(stack.kinds):
-            of_kind = {n for n, layer in zip(held, stack.layers, strict=True) if layer.kind == kind}
+            of_kind = {n for n, own in zip(held, self._kind_of, strict=True) if own == kind}
             if len(of_kind) != 1:
                 raise NoRoom("a cache whose layers differ in length")
             (own,) = of_kind
@@ -178,7 +188,7 @@ class DecodeStep:
                 mask.get(name) if isinstance(mask, Mapping) else mask,
                 batch, length, past, own, stack.windows[kind],
             )  # fmt: skip
-            cos, sin = (t.float().contiguous() for t in rotations[kind])
+            cos, sin = rotations[kind]
             if cos.dim() != 3 or cos.shape[:2] not in (
                 (1, length), (batch, length),
             ):  # fmt: skip
@@ -189,16 +199,18 @@ class DecodeStep:
             kinds.append((own, first, cos.data_ptr(), sin.data_ptr(), rotated, stride))
         return kinds, keep
 
-    def _make_room(self, cache: Any, batch: int, length: int) -> None:
-        for i, (layer, spec) in enumerate(zip(cache.layers, self.stack.layers, strict=True)):
-            a = spec.attention
-            shape = (batch, a.kv_heads, a.head_dim)
-            places = make_room(layer, length, self.stack.dtype, shape)
-            if self._places[i] != places:
+    def _make_room(self, cache: Any, batch: int, length: int) -> list[int]:
+        """Tokens that each layer of the cache holds."""
+        dtype, all_held = self.stack.dtype, []
+        for i, (layer, shape) in enumerate(zip(cache.layers, self._shapes, strict=True)):
+            held, places = make_room(layer, length, dtype, (batch, *shape))
+            all_held.append(held)
+            if self._places[i] is not places:
                 self._compiled.set_cache(
                     i, places.keys, places.values, places.sequence_stride, places.head_stride
                 )
                 self._places[i] = places
+        return all_held
 
     def _run(
         self, x: Tensor, rows: int, length: int, kinds: list[tuple[Any, ...]], ready: bool
@@ -231,6 +243,9 @@ class DecodeStep:
         self._compiled = _C.DecodeStep(_DTYPES[stack.dtype], stack.d, _norm(stack.last))
         self._watch = Watch(stack)
         self._places = [None] * len(stack.layers)
+        self._rotations = Rotations(stack.decoder, stack.kinds)
+        self._kind_of = [spec.kind for spec in stack.layers]
+        self._shapes = [(s.attention.kv_heads, s.attention.head_dim) for s in stack.layers]
         self._sets = None
         for i, spec in enumerate(stack.layers):
             plan = self.governor.plan(i)
@@ -328,6 +343,9 @@ def _output_maker(out: Any) -> Callable[[Tensor, Any], Any]:
     return make
 
 
+_VERSION = operator.attrgetter("_version")
+
+
 class Watch:
     """Whether everything that the compiled step has addresses of is still in its place, and nothing
     was hooked onto what it does not call."""
@@ -344,6 +362,10 @@ class Watch:
             for module in (spec.layer, *_parts(spec)):
                 self._add_module(module)
         self._add_module(stack.decoder.norm)
+        rotary = stack.decoder.rotary_emb
+        for name, buffer in rotary._buffers.items():
+            self._add(rotary._buffers, name)
+            self._counted.append(buffer)
         self._add(stack.decoder._modules, "layers")
         for i, spec in enumerate(stack.layers):
             self._add(stack.decoder.layers._modules, str(i), spec.layer)
@@ -383,7 +405,8 @@ class Watch:
 
     def _settle(self) -> None:
         self._addresses = [tensor.data_ptr() for tensor in self._tensors]
-        self._versions = _versions(self._counted)
+        self._counted = [t for t in self._counted if not t.is_inference()]
+        self._versions = list(map(_VERSION, self._counted))
 
     def hooked(self) -> bool:
         """Whether there are hooks, or forwards of single objects. transformers' own hooks, which
@@ -391,7 +414,7 @@ class Watch:
         every = nn.modules.module
         return (
             (any(self._hooks) and not all(map(_is_transformers, self._hooks)))
-            or any("forward" in d for d in self._dicts)
+            or any(map(operator.contains, self._dicts, repeat("forward")))
             or bool(every._global_forward_hooks or every._global_forward_pre_hooks)
         )
 
@@ -401,8 +424,8 @@ class Watch:
             raise NotTaken("hooks on its modules")
         return (
             all(map(operator.is_, map(operator.getitem, self._owners, self._names), self._values))
-            and [tensor.data_ptr() for tensor in self._tensors] == self._addresses
-            and _versions(self._counted) == self._versions
+            and list(map(Tensor.data_ptr, self._tensors)) == self._addresses
+            and list(map(_VERSION, self._counted)) == self._versions
         )
 
 
@@ -416,10 +439,6 @@ def _is_transformers(hooks: Mapping[int, Any]) -> bool:
     return all(
         getattr(hook, "__module__", "") == output_capturing.__name__ for hook in hooks.values()
     )
-
-
-def _versions(tensors: Sequence[Tensor]) -> list[int]:
-    return [0 if t.is_inference() else t._version for t in tensors]
 
 
 def _parts(spec: LayerSpec) -> list[nn.Module]:
