@@ -82,3 +82,19 @@ def _compare(what: str, out: Tensor, right: Tensor, plain: Tensor, terms: int) -
             f"{allowed:.3e}; the row is not written"
         )
     return error
+
+
+# Of the largest logit: two ways through all layers, each rounded in the model's dtype.
+_STEP = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
+
+
+def verify_step(label: str, got: Tensor, want: Tensor) -> float:
+    """The largest error of a decode step's logits relative to the largest of those through the
+    layers' own forwards; BenchmarkError where it is more than rounding makes."""
+    error = float((got.double() - want.double()).abs().max() / want.double().abs().max())
+    if not error <= _STEP[want.dtype]:
+        raise BenchmarkError(
+            f"{label}: the decode step's logits differ by {error:.2e} of the largest from those "
+            f"through the layers, allowed {_STEP[want.dtype]:.0e}: no row is written"
+        )
+    return error

@@ -7,8 +7,9 @@ import dataclasses
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from ..models.packed import plan
 from ..packing.layer import PackedLinear
 from ..patching.patch import patch, report, unpatch
 from .at_density import MakeMethod
-from .check import verify, verify_linear
+from .check import verify, verify_linear, verify_step
 from .geometries import Geometry, geometry
 from .llama_cpp import TYPES, LlamaBench
 from .machine import MIB, Bandwidth, Machine, MemoryWatch
@@ -385,8 +386,22 @@ class _Runner:
             side.mlp.append(sum(seconds) * 1e6)
 
     def check(self, side: Side) -> None:
-        """The same once more, to compare what every MLP gives with the reference."""
+        """The same once more, to compare what every MLP gives with the reference, and the compiled
+        decode step with the layers' own forwards."""
         side.prefill_error, side.error = mlp_errors(self.model, self.sites, self.ids, side.label)
+        # Where tokens choose their neurons one rounding changes a set, and with it what follows.
+        if side.method is not None and side.method.level != "token":
+            verify_step(side.label, *self._both_ways())
+
+    def _both_ways(self) -> list[Tensor]:
+        """Logits of a decode step, as it is measured and through the layers' own forwards."""
+        found = []
+        for around in (nullcontext, partial(mlp_clock, self.sites)):  # the step leaves out no hooks
+            _, token, cache = self._forward(self.ids, None)
+            with around():
+                out = self.model(input_ids=token, use_cache=True, **passing(self.model, cache))
+            found.append(out.logits)
+        return found
 
     def _forward(self, tokens: Tensor, cache: Any) -> tuple[float, Tensor, Any]:
         start = time.perf_counter_ns()
