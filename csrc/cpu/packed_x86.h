@@ -242,6 +242,54 @@ struct RowPair {
   }
 };
 
+// Elements 16t .. 16t + 15 of interleaved words of 4 or 8 bits, times kCodeFactor: a mask alone where
+// the products still fit.
+template <int kBits, int t>
+MOYU_INLINE Words masked_codes(Words words) {
+  if constexpr (kBits == 8) return word_bits<8 * (t % 2), 8, 0>(words);
+  if constexpr (kBits == 4 && t == 3) return word_bits<12, 4, 0>(words);
+  return word_bits<4 * t, 4, 4 * t>(words);
+}
+template <int kBits, int t>
+constexpr float kCodeFactor = kBits == 4 && t == 1 ? 16.0f : kBits == 4 && t == 2 ? 256.0f : 1.0f;
+
+// to[0 .. 15] += step * sum over n < kGroup of pairs[n] * codes + offset.
+template <int kBits, int t>
+MOYU_INLINE void axpy_words(const Words* low_words, const Words* high_words,
+                            const PackedCoefficients& own, int64_t g, float* to) {
+  Sums low = sums_zero(), high = low, one, two;
+#pragma GCC unroll 4
+  for (int k = 0; k < kGroup / 2; ++k) {
+    const Words pair = pair_everywhere(own.pairs[k][g]);
+    low = multiply_pairs(low, masked_codes<kBits, t>(low_words[k]), pair);
+    high = multiply_pairs(high, masked_codes<kBits, t>(high_words[k]), pair);
+  }
+  in_order(low, high, &one, &two);
+  const Vec8 s = broadcast8(own.step[g] * (1.0f / kCodeFactor<kBits, t>));
+  const Vec8 m = broadcast8(own.offset[g]);
+  store8(to, fma8(to_vec8(one), s, add8(load8(to), m)));
+  store8(to + 8, fma8(to_vec8(two), s, add8(load8(to + 8), m)));
+}
+
+// The same for a block of 64 columns: groups g and g2 of its halves.
+template <int kBits>
+MOYU_INLINE void axpy_block(const uint8_t* const* rows, int64_t at, const PackedCoefficients& own,
+                            int64_t g, int64_t g2, float* to) {
+  Words low[kGroup / 2], high[kGroup / 2];
+  const auto read = [&](int64_t from) MOYU_LAMBDA_INLINE {
+#pragma GCC unroll 4
+    for (int k = 0; k < kGroup / 2; ++k)
+      interleave(load_words(rows[2 * k] + from), load_words(rows[2 * k + 1] + from), low + k,
+                 high + k);
+  };
+  read(at);
+  axpy_words<kBits, 0>(low, high, own, g, to);
+  axpy_words<kBits, 1>(low, high, own, g, to + 16);
+  if constexpr (kBits == 8) read(at + 32);
+  axpy_words<kBits, 2>(low, high, own, g2, to + 32);
+  axpy_words<kBits, 3>(low, high, own, g2, to + 48);
+}
+
 // acc += sum over n < kGroup of values[n] * rows[n], for one row of input.
 template <int kBits>
 MOYU_INLINE void packed_axpy_one(const uint8_t* const* rows, int32_t group, const float* values,
@@ -254,8 +302,15 @@ MOYU_INLINE void packed_axpy_one(const uint8_t* const* rows, int32_t group, cons
     const int64_t n = std::min<int64_t>(8, blocks - first);
     for (int64_t b = 0; b < n; ++b) {
       const int64_t at = (first + b) * kBytes, begin = (first + b) * kPackedBlock;
-      if (ahead)
+      if (ahead && (kBytes != 32 || b % 2 == 0))  // a line at a time
         for (int k = 0; k < kGroup; ++k) prefetch(ahead[k] + at);
+      if constexpr (kBits == 4 || kBits == 8) {
+        if (d - begin >= kPackedBlock) {
+          const int64_t g = b * per_block;
+          axpy_block<kBits>(rows, at, own, g, g + per_block - 1, acc + begin);
+          continue;
+        }
+      }
       Sums low[4], high[4];
 #pragma GCC unroll 4
       for (int t = 0; t < 4; ++t) low[t] = high[t] = sums_zero();
