@@ -208,3 +208,18 @@ def test_it_comes_and_goes_with_the_patch(tiny: Make, prompt: Prompt, own: list[
     assert "generate" not in model.__dict__
     model.generate(prompt(4), max_new_tokens=2)
     assert own == ["theirs"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_largest(dtype: torch.dtype) -> None:
+    """As torch.argmax: the first of equals, both zeros, infinities, NaN, all below zero."""
+    g = torch.Generator().manual_seed(0)
+    nan, inf = float("nan"), float("inf")
+    rows = [[1.0, 3, 3, 2], [-1, -0.5, -3, -0.5], [-0.0, 0.0, -1, 0.0], [-inf, -inf, -inf, -inf],
+            [1, inf, nan, 2], [nan, 1, nan, 2], [0, 1e-7, -1, 0]]  # fmt: skip
+    for row in rows:
+        scores = torch.tensor([row], dtype=dtype)
+        assert torch.equal(loop.largest(scores), scores.argmax(-1)), row
+    many = torch.randn(5, 1000, generator=g).to(dtype)
+    assert torch.equal(loop.largest(many), many.argmax(-1))
+    assert torch.equal(loop.largest(many - 100), (many - 100).argmax(-1))

@@ -107,6 +107,22 @@ def _is_dynamic(cache: Any) -> bool:
     return isinstance(cache, DynamicCache) and all(type(layer) in LAYERS for layer in cache.layers)
 
 
+def largest(scores: Tensor) -> Tensor:
+    """The index of the largest number of each row [batch, n], the first of equals: int64 [batch].
+
+    As torch.argmax, which compares number by number; numpy compares many at a time, and knows half
+    precision by its bits, which are ordered as integers where the largest number is above zero.
+    """
+    if scores.dtype in (torch.float16, torch.bfloat16):
+        bits = scores.view(torch.int16).numpy()
+        found = [int(row.argmax()) for row in bits]
+        if any(row[place] <= 0 for row, place in zip(bits, found, strict=True)):
+            return scores.argmax(-1)
+    else:
+        found = [int(row.argmax()) for row in scores.numpy()]
+    return torch.tensor(found)
+
+
 class _Loop:
     def __init__(
         self,
@@ -141,6 +157,7 @@ class _Loop:
 
     def run(self, out: Any) -> Any:
         cache = cache_of(out)
+        past = passing(self.model, cache)
         while True:
             token = self.choose(out.logits[:, -1])
             del out  # a prompt's logits may be large
@@ -150,7 +167,6 @@ class _Loop:
                 self.streamer.put(token)
             if self.stop.after(self.text.now, self.scores):
                 break
-            past = passing(self.model, cache)
             out = self.model(input_ids=token.unsqueeze(1), **self.inputs(), **past)
         if self.streamer is not None:
             self.streamer.end()
@@ -169,7 +185,7 @@ class _Loop:
     def choose(self, logits: Tensor) -> Tensor:
         """The next token of each sequence, [batch]."""
         if self.as_they_are:
-            return logits.argmax(-1)
+            return largest(logits)
         logits = logits.to(copy=True, dtype=torch.float32)
         scores = self.processors(self.text.now, logits)
         if self.scores is not None:
@@ -177,7 +193,7 @@ class _Loop:
         if self.logits is not None:
             self.logits.append(logits)
         if not self.config.do_sample:
-            return scores.argmax(-1)
+            return largest(scores)
         return torch.multinomial(torch.softmax(scores, -1), 1).squeeze(1)
 
     def inputs(self) -> dict[str, Any]:
