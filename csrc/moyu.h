@@ -122,6 +122,9 @@ struct StepRows {
   const float* sin = nullptr;
   int64_t rotated = 0;          // leading elements of a head that are rotated, in halves
   int64_t sequence_stride = 0;  // elements from a sequence's cos to the next one's
+  // Where not null: nanoseconds spent in q, k and v with the norm before them, in the attention, and
+  // in o with what follows, are added to it.
+  int64_t* spent = nullptr;
 };
 
 // Keys and values of one layer, T [sequences, kv_heads, places, head_dim]: a head's are contiguous.

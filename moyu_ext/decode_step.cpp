@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -160,8 +161,8 @@ class DecodeStep {
       const auto& [past, first, cos, sin, rotated, stride] = kinds[i];
       if (static_cast<int64_t>(first.size()) != rows)
         throw std::invalid_argument("one first place per row");
-      steps_.push_back(
-          {rows, length, past, first_[i].data(), at<float>(cos), at<float>(sin), rotated, stride});
+      steps_.push_back({rows, length, past, first_[i].data(), at<float>(cos), at<float>(sin),
+                        rotated, stride, timed_ ? spent_ : nullptr});
     }
     for (const Layer& layer : layers_)
       if (layer.kind >= kinds.size()) throw std::invalid_argument("a kind of cache is missing");
@@ -171,7 +172,18 @@ class DecodeStep {
     std::fill(hidden_.begin(), hidden_.end(), 0.0f);
     cpu::add_rows(at<void>(x), {}, 1.0f, rows, d_, dtype_, hidden_.data());
     next_ = 0;
-    return run();
+    const auto begun = now();
+    const int64_t layer = run();
+    spent_[4] += now() - begun;
+    return layer;
+  }
+
+  // Nanoseconds of the steps since: q, k, v; attention; o; MLPs; all. None before it was called.
+  std::vector<int64_t> spent() {
+    timed_ = true;
+    std::vector<int64_t> before(spent_, spent_ + 5);
+    std::fill(spent_, spent_ + 5, 0);
+    return before;
   }
 
   // Goes on behind an MLP computed outside, y T [rows, d].
@@ -184,6 +196,10 @@ class DecodeStep {
   }
 
  private:
+  static int64_t now() {
+    return std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1);
+  }
+
   int64_t run() {
     const size_t bytes = dtype_ == DType::kFloat32 ? 4 : 2;
     x_.resize(static_cast<size_t>(rows_ * d_) * bytes);
@@ -195,7 +211,9 @@ class DecodeStep {
       const bool outside = outside_ || layer.plan == "outside";
       cpu::norm_rows(hidden_.data(), layer.before, rows_, d_, dtype_, outside ? mlp_x_ : x_.data());
       if (outside) return static_cast<int64_t>(next_);
+      const auto begun = timed_ ? now() : 0;
       multiply(layer);
+      if (timed_) spent_[3] += now() - begun;
       cpu::add_rows(y_.data(), layer.after, layer.attention.residual_scale, rows_, d_, dtype_,
                     hidden_.data());
     }
@@ -231,7 +249,8 @@ class DecodeStep {
   RmsNorm last_;
   std::vector<Layer> layers_;
   size_t next_ = 0;
-  bool outside_ = false;
+  bool outside_ = false, timed_ = false;
+  int64_t spent_[5] = {};
   void *out_ = nullptr, *mlp_x_ = nullptr;
   std::vector<StepRows> steps_;
   std::vector<std::vector<int64_t>> first_;
@@ -251,6 +270,7 @@ void bind_decode_step(py::module_& m) {
       .def("set_sets", &DecodeStep::set_sets, py::arg("sets"))
       .def("start", &DecodeStep::start, py::arg("x"), py::arg("out"), py::arg("mlp_x"),
            py::arg("rows"), py::arg("length"), py::arg("kinds"), py::arg("outside"))
+      .def("spent", &DecodeStep::spent)
       .def("resume", &DecodeStep::resume, py::arg("y"));
 }
 

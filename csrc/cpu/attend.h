@@ -168,6 +168,13 @@ void attend_of(const Attention& a, const StepRows& step, const KeyValues& cache,
   };
   const int64_t read =
       bytes(a.q, queries, d) + bytes(a.k, keys, d) + bytes(a.v, keys, d) + bytes(a.o, d, queries);
+  int64_t begun = step.spent ? nanoseconds() : 0;
+  const auto spent = [&](int phase) {  // by the first thread, behind a barrier
+    if (!step.spent || thread_id() != 0) return;
+    const int64_t now = nanoseconds();
+    step.spent[phase] += now - begun;
+    begun = now;
+  };
   T* const x = reinterpret_cast<T*>(s.x);
   InputOf<T>* const q = reinterpret_cast<InputOf<T>*>(s.plain);
   norm_rows(hidden, a.before, rows, d, a.dtype, x);
@@ -180,6 +187,7 @@ void attend_of(const Attention& a, const StepRows& step, const KeyValues& cache,
     multiply_part(a.k, keys, d, operand, rows, a.dtype, s.k);
     multiply_part(a.v, keys, d, operand, rows, a.dtype, s.v);
 #pragma omp barrier
+    spent(0);
     if (a.wide_norms) {
       const Range own = split(rows, part, parts);
       for (int64_t r = own.begin; r < own.end; ++r) {
@@ -234,6 +242,7 @@ void attend_of(const Attention& a, const StepRows& step, const KeyValues& cache,
       from_floats(s.q + i * size, size, a.dtype, x + i * size);
     }
 #pragma omp barrier
+    spent(1);
 #pragma omp single
     operand.set(s, {&a.o}, rows, queries, a.dtype);
     multiply_part(a.o, d, queries, operand, rows, a.dtype, s.out);
@@ -243,6 +252,7 @@ void attend_of(const Attention& a, const StepRows& step, const KeyValues& cache,
     if (a.after) rms_norm(out, a.after, d, a.dtype);
     for (int64_t j = 0; j < d; ++j) hidden[r * d + j] += a.residual_scale * out[j];
   }
+  spent(2);
 }
 
 void attend(const Attention& a, const StepRows& step, const KeyValues& cache, float* hidden,

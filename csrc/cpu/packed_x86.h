@@ -251,7 +251,9 @@ MOYU_INLINE Words masked_codes(Words words) {
   return word_bits<4 * t, 4, 4 * t>(words);
 }
 template <int kBits, int t>
-constexpr float kCodeFactor = kBits == 4 && t == 1 ? 16.0f : kBits == 4 && t == 2 ? 256.0f : 1.0f;
+constexpr float kCodeFactor = kBits == 4 && t == 1   ? 16.0f
+                              : kBits == 4 && t == 2 ? 256.0f
+                                                     : 1.0f;
 
 // to[0 .. 15] += step * sum over n < kGroup of pairs[n] * codes + offset.
 template <int kBits, int t>

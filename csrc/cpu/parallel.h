@@ -33,6 +33,12 @@ inline int threads_for(int64_t bytes) {
       std::clamp<int64_t>(bytes / kBytesPerThread, 1, static_cast<int64_t>(max_threads())));
 }
 
+inline int64_t nanoseconds() {
+  timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return int64_t(now.tv_sec) * 1000000000 + now.tv_nsec;
+}
+
 struct Range {
   int64_t begin, end;
 };

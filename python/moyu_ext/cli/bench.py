@@ -180,6 +180,14 @@ def decode(
     layers: Annotated[
         int | None, typer.Option("--layers", help="Fewer layers than the model has, for a try.")
     ] = None,
+    profile: Annotated[
+        bool,
+        typer.Option(
+            "--profile",
+            help="Instead of rows, where a generated token's time goes under each method: "
+            "products, attention, head, Python, generate, with bytes and share of bandwidth.",
+        ),
+    ] = False,
     seed: Seed = 0,
     csv: CsvFile = None,
     json: common.Json = None,
@@ -207,6 +215,17 @@ def decode(
         for name in method
         for value in ([1.0] if name == "dense" else density)
     ]
+    if profile:
+        if csv is not None or program is not None or projections:
+            raise ConfigurationError(
+                "--profile goes with neither --csv nor --llama-bench nor --projections; leave "
+                "either out (--json keeps a profile)"
+            )
+        _profile(
+            geometry, methods, _dtype(dtype), json, bits=bits, group=group, layers=layers,
+            prompt_tokens=prompt_tokens, new_tokens=new_tokens, seed=seed,
+        )  # fmt: skip
+        return
     with steps("decode") as step:
         step("building", 0, 1)
         result = measure_decode(
@@ -230,6 +249,40 @@ def decode(
     _print_rows(f"{geometry}, {dtype}, built in {result.build_seconds:.0f} s", labels, result.rows)
     _print_sides(result.sides, result.model_bytes, result.down_bytes)
     _save(csv, json, "bench decode", result)
+
+
+def _profile(
+    geometry: str, methods: list[Any], dtype: Any, json: Path | None, **settings: Any
+) -> None:
+    from ..benchmarking.decode_profile import profile_decode
+
+    with steps("profile") as step:
+        step("building", 0, len(methods))
+        result = profile_decode(
+            geometry,
+            methods,
+            dtype,
+            progress=lambda d, total, text: step(text, d, total),
+            **settings,
+        )
+    _print_machine(result.machine, result.bandwidth_by_reader, result.warnings)
+    for profile in result.profiles:
+        title = f"{result.title}, {profile.method}"
+        table = _table(title, "", "ms", "of token", "MB", "GB/s", "of peak", "ms at peak")
+        for part in profile.parts:
+            read = part.bytes / part.ms / 1e6 if part.bytes else 0.0
+            known = (f"{part.bytes / 1e6:.1f}", f"{read:.1f}", f"{read / result.gbps:.0%}",
+                     f"{part.bound(result.gbps):.2f}") if part.bytes else ("",) * 4  # fmt: skip
+            share = f"{part.ms / profile.token_ms:.0%}"
+            table.add_row(part.name, f"{part.ms:.3f}", share, *known)
+        total = sum(part.bytes for part in profile.parts)
+        bound = sum(part.bound(result.gbps) for part in profile.parts)
+        rate = total / profile.token_ms / 1e6
+        table.add_row("token", f"{profile.token_ms:.3f}", "100%", f"{total / 1e6:.1f}",
+                      f"{rate:.1f}", f"{rate / result.gbps:.0%}", f"{bound:.2f}")  # fmt: skip
+        console.print(table)
+        console.print(f"outside products and attention: {profile.outside_ms:.2f} ms", **_PLAIN)
+    common.write_json(json, {"command": "bench decode --profile"} | result.as_dict())
 
 
 def _dtype(name: str) -> Any:

@@ -247,6 +247,15 @@ def scoring(model: nn.Module, context_length: int | Sequence[int]) -> Iterator[N
         context.current = None  # an interrupt keeps forward hooks from running
 
 
+def decode_step_of(model: nn.Module) -> DecodeStep:
+    """The compiled decode step of a patched model; ConfigurationError where there is none, with the
+    reason."""
+    step = _patch_of(model).step
+    if isinstance(step, str):
+        raise ConfigurationError(f"no compiled decode step runs this model: {step}")
+    return step
+
+
 def _patch_of(model: nn.Module) -> _Patch:
     patched = getattr(model, "__dict__", {}).get(_PATCH)
     if patched is None:

@@ -144,7 +144,13 @@ class SparseMLP(StandIn):
         self.per_token = isinstance(self.rule, TokenRule)
         self._watched: list[_Watched] = []
         self._activation: tuple[Any, ...] = ()
-        self.reset_counts()
+        device = self.device
+        # Never inference tensors: later forwards may run outside of inference_mode.
+        with torch.inference_mode(False):
+            self.active = torch.zeros(1, dtype=torch.int64, device=device)
+            self.tokens = torch.zeros(1, dtype=torch.int64, device=device)
+            self.dense_tokens = torch.zeros(1, dtype=torch.int64, device=device)
+        self.refreshes: int = 0
         # New values may need another layout, and the rule new column norms.
         self.register_load_state_dict_post_hook(SparseMLP._forget_weights)
 
@@ -154,14 +160,11 @@ class SparseMLP(StandIn):
         return self.site.linear(self.site.family.up).weight.device
 
     def reset_counts(self) -> None:
-        """Start the report anew: neurons active, tokens governed, tokens run dense."""
-        device = self.device
-        # Never inference tensors: later forwards may run outside of inference_mode.
-        with torch.inference_mode(False):
-            self.active = torch.zeros(1, dtype=torch.int64, device=device)
-            self.tokens = torch.zeros(1, dtype=torch.int64, device=device)
-            self.dense_tokens = torch.zeros(1, dtype=torch.int64, device=device)
-        self.refreshes: int = 0
+        """Start the report anew: neurons active, tokens governed, tokens run dense. In place: the
+        compiled decode step counts there."""
+        for count in (self.active, self.tokens, self.dense_tokens):
+            count.zero_()
+        self.refreshes = 0
 
     def take_layout(self) -> None:
         """Make W_down neuron-major, in place in its parameter, and read the weights again."""
