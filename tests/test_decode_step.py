@@ -75,6 +75,19 @@ def test_part_of_a_head_is_rotated(prompt: Prompt) -> None:
     assert decoded(model) == 4 and error(got, want) < 3e-6
 
 
+def test_large_norms(prompt: Prompt) -> None:
+    """Where an offset of one is less than half precision sees of a weight."""
+    model = family("Gemma3", torch.bfloat16)
+    for key, parameter in model.named_parameters():
+        if "norm" in key:
+            parameter.data += 60
+    ids, more = prompt(7), prompt(4, seed=1)
+    want = steps(model, ids, more, [1] * 4)
+    patch(model, Dense())
+    assert model.model.norm.weight.mean() > 50 and report(model).step.layers == 3
+    assert error(steps(model, ids, more, [1] * 4), want) < 0.06
+
+
 METHODS: dict[str, Method] = {
     "dense": Dense(),
     "tda": TDA(0.02),

@@ -14,6 +14,7 @@ computes the same.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -240,13 +241,14 @@ def norm_of(module: Any, dtype: torch.dtype) -> Norm:
         raise NotTaken(f"a norm of class {type(module).__name__}")
     weight = weight.detach()
     generator = torch.Generator().manual_seed(0)
-    x = (3 * torch.randn(2, weight.shape[0], generator=generator)).to(dtype)
+    x = 3 * torch.randn(2, weight.shape[0], generator=generator)
     with torch.no_grad():
-        got = module.forward(x).float()
-        plain = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+        # In float32: beside large weights half precision does not see an offset of one.
+        got = copy.deepcopy(module).float().forward(x)
+        plain = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
         for offset in (0.0, 1.0):
             want = plain * (weight.float() + offset)
-            if (got - want).norm() <= 4 * torch.finfo(dtype).eps * want.norm():
+            if (got - want).norm() <= 1e-5 * want.norm():
                 return Norm(weight, eps, offset)
     raise NotTaken(f"a norm of class {type(module).__name__}")
 
@@ -268,29 +270,3 @@ def projection_of(module: Any, dtype: torch.dtype) -> Projection:
 
 def _behind(module: Any) -> Any:
     return module.original if getattr(module, "is_stand_in", False) else None
-
-
-class Probe(nn.Module):
-    """Stands in for an MLP: keeps what it gets, gives always the same."""
-
-    def __init__(self, out: Tensor) -> None:
-        super().__init__()
-        self.out = out
-        self.seen: list[Tensor] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Row by row a row of its own."""
-        self.seen.append(x.detach().clone())
-        rows = x.reshape(-1, x.shape[-1]).shape[0]
-        return self.out[:rows].view(x.shape)
-
-
-def differs(got: Sequence[Tensor], want: Sequence[Tensor], dtype: torch.dtype) -> str | None:
-    """Where the step's states differ from the decoder's own by more than rounding, else None."""
-    for i, (a, b) in enumerate(zip(got, want, strict=True)):
-        allowed = max(4 * torch.finfo(dtype).eps * (i + 1) ** 0.5, 2e-5)
-        a, b = a.float().flatten(0, -2), b.float().flatten(0, -2)
-        error = (a - b).norm(dim=-1) / b.norm(dim=-1).clamp_min(1e-30)
-        if not bool((error <= allowed).all()):
-            return f"its layer {i} computes something else (relative error {error.max():.1e})"
-    return None
