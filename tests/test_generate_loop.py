@@ -178,7 +178,7 @@ def test_a_long_text_is_warned_of(tiny: Make, prompt: Prompt, caplog: Any) -> No
         {"return_dict_in_generate": True, "output_hidden_states": True},
         {"custom_generate": lambda model, ids, **kwargs: ids},
     ],
-    ids=str,
+    ids=lambda settings: "-".join(settings),
 )
 def test_other_ways_stay_with_transformers(
     settings: dict[str, Any], tiny: Make, prompt: Prompt, own: list[str]

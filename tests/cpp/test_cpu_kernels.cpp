@@ -358,6 +358,7 @@ int main() {
   test::test_mlps<test::Half>(isas);
   test::test_mlps<test::Bf16>(isas);
   test::test_shadow(isas);
+  test::test_decode(isas);
   std::string names;
   for (const std::string& isa : isas) names += " " + isa;
   std::printf("instruction sets:%s\n%d passed, %d failed\n", names.c_str(), test::passed,
