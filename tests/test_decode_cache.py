@@ -209,3 +209,20 @@ def test_first_places(mask: Any, window: int, want: list[int]) -> None:
 def test_masks_that_are_not_taken(mask: Any, says: str) -> None:
     with pytest.raises(NotTaken, match=says):
         first_places(mask, 1, 2, 4, 4, 0)
+
+
+def test_a_change_between_generations_is_seen(prompt: Prompt) -> None:
+    """Within one generation the step looks at the model once, at the next one again."""
+    model = patch(family("Llama"), Dense())
+    ids = prompt(6)
+    before = model.generate(ids, max_new_tokens=12)
+    layer = model.model.layers[1].self_attn
+    layer.o_proj.weight = torch.nn.Parameter(-layer.o_proj.weight.detach())
+    after = model.generate(ids, max_new_tokens=12)
+    plain = copy.deepcopy(model).generate(ids, max_new_tokens=12)
+    assert torch.equal(after, plain) and not torch.equal(after, before)
+    seen: list[int] = []
+    handle = model.model.layers[0].register_forward_hook(lambda *_: seen.append(1))
+    model.generate(ids, max_new_tokens=5)
+    handle.remove()
+    assert len(seen) == 5, "the prompt and four tokens"

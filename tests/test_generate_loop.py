@@ -62,6 +62,13 @@ class Ban(LogitsProcessor):
         return scores.scatter(1, ids, -torch.inf)
 
 
+class Late(StoppingCriteria):
+    """Numbers for booleans, as some criteria give them."""
+
+    def __call__(self, ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return torch.full((ids.shape[0],), int(ids.shape[1] > 14))
+
+
 class Sum(StoppingCriteria):
     """Where the sequence's last tokens are even twice."""
 
@@ -77,6 +84,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "penalty": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
     "banned": {"logits_processor": LogitsProcessorList([Ban()])},
     "stopping": {"stopping_criteria": StoppingCriteriaList([Sum()])},
+    "stopping late": {"stopping_criteria": StoppingCriteriaList([Late()])},
     "end": {"eos_token_id": list(range(0, 101, 4))},
     "one end": {"eos_token_id": 50, "pad_token_id": 3},
     "everything": {

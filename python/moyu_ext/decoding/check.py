@@ -43,6 +43,7 @@ class _Probe(nn.Module):
 
 
 @torch.no_grad()
+@torch.autocast("cpu", enabled=False)
 def check_stack(stack: Stack, mlps: Sequence[Any], original: Callable[..., Any]) -> Any:
     """An output of the decoder's own forward; NotTaken where the step would compute something else.
 

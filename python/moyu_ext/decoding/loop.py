@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ..models.cache import NAMES, cache_of, passing
 from .room import LAYERS
+from .step import DecodeStep
 
 _OWN = ("_sample", "_prefill", "prepare_inputs_for_generation",
         "_update_model_kwargs_for_generation", "generate")  # fmt: skip
@@ -37,9 +39,9 @@ _OTHERS = ("custom_generate", "assistant_model", "synced_gpus", "trust_remote_co
 _ROOM = 256  # tokens by which a text grows whose end is not known
 
 
-def generate_with(model: Any) -> Callable[..., Any] | None:
+def generate_with(model: Any, step: DecodeStep) -> Callable[..., Any] | None:
     """A `generate` for this model that runs `sample` where it can; None for a model without one, or
-    with parts of its own."""
+    with parts of its own. step: what decodes its tokens."""
     if not isinstance(model, GenerationMixin) or "generate" in model.__dict__:
         return None
     if any(getattr(type(model), name) is not getattr(GenerationMixin, name) for name in _OWN):
@@ -50,7 +52,7 @@ def generate_with(model: Any) -> Callable[..., Any] | None:
     def generate(*args: Any, **kwargs: Any) -> Any:
         if _is_plain(model, args, kwargs):
             streamer = kwargs.pop("streamer", None)
-            kwargs["custom_generate"] = functools.partial(sample, streamer=streamer)
+            kwargs["custom_generate"] = functools.partial(sample, streamer=streamer, step=step)
         return original(*args, **kwargs)
 
     return generate
@@ -76,9 +78,13 @@ def sample(
     stopping_criteria: Any,
     generation_config: Any,
     streamer: Any = None,
+    step: DecodeStep | None = None,
     **model_kwargs: Any,
 ) -> Any:
-    """What `GenerationMixin._sample` does, for the same arguments and with the same results."""
+    """What `GenerationMixin._sample` does, for the same arguments and with the same results.
+
+    Where no code of the user's runs between two tokens, the step looks at the model once.
+    """
     if streamer is not None:  # generate does not know of it
         streamer.put(input_ids)
     cache = next((model_kwargs[name] for name in NAMES if model_kwargs.get(name) is not None), None)
@@ -99,7 +105,7 @@ def sample(
     out = model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
     return _Loop(
         model, input_ids, logits_processor, stopping_criteria, generation_config, streamer,
-        model_kwargs,
+        model_kwargs, step,
     ).run(out)  # fmt: skip
 
 
@@ -133,6 +139,7 @@ class _Loop:
         config: Any,
         streamer: Any,
         model_kwargs: dict[str, Any],
+        step: DecodeStep | None,
     ) -> None:
         self.model, self.processors, self.config = model, processors, config
         self.streamer = streamer
@@ -155,19 +162,28 @@ class _Loop:
             or self.logits is not None
         )  # fmt: skip
 
+        hooked = model._forward_hooks or model._forward_pre_hooks
+        self.alone = not (streamer is not None or len(processors) or self.stop.others or hooked)
+        self.step = step
+
     def run(self, out: Any) -> Any:
+        """All tokens behind a prompt's output, and what generate returns."""
         cache = cache_of(out)
         past = passing(self.model, cache)
-        while True:
-            token = self.choose(out.logits[:, -1])
-            del out  # a prompt's logits may be large
-            token = self.stop.padded(token)
-            self.text.append(token)
-            if self.streamer is not None:
-                self.streamer.put(token)
-            if self.stop.after(self.text.now, self.scores):
-                break
-            out = self.model(input_ids=token.unsqueeze(1), **self.inputs(), **past)
+        with ExitStack() as trust:
+            while True:
+                token = self.choose(out.logits[:, -1])
+                del out  # a prompt's logits may be large
+                token = self.stop.padded(token)
+                self.text.append(token)
+                if self.streamer is not None:
+                    self.streamer.put(token)
+                if self.stop.after(self.text.now, self.scores):
+                    break
+                out = self.model(input_ids=token.unsqueeze(1), **self.inputs(), **past)
+                if self.alone and self.step is not None:  # it has looked at the model now
+                    trust.enter_context(self.step.trust())
+                    self.step = None
         if self.streamer is not None:
             self.streamer.end()
         text = self.text.now.clone() if self.text.is_larger else self.text.now
@@ -266,7 +282,7 @@ class _Stop:
                 self.all_open = False
         seen = None if scores is None else tuple(scores)
         for criterion in self.others:
-            self.open &= ~criterion(text, seen)
+            self.open &= ~torch.as_tensor(criterion(text, seen)).bool()
             self.all_open = False
         for limit in self.limits:
             if text.shape[1] - 1 == limit.max_position_embeddings:

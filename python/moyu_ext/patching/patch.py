@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..decoding.loop import generate_with
+from ..decoding.room import NoRoom
 from ..decoding.stack import NotTaken, Stack, read_stack
 from ..decoding.step import DecodeStep
 from ..errors import ConfigurationError, PatchStateError, UnsupportedModelError
@@ -283,7 +284,7 @@ def _install_step(model: nn.Module, patched: _Patch, sites: list[MlpSite]) -> De
     try:
         step = DecodeStep(read(), read, governor)
         step.check()
-    except NotTaken as reason:
+    except (NotTaken, NoRoom) as reason:
         return str(reason)
 
     @functools.wraps(decoder.forward)
@@ -292,7 +293,7 @@ def _install_step(model: nn.Module, patched: _Patch, sites: list[MlpSite]) -> De
 
     decoder.__dict__["forward"] = forward
     patched.undo.append(lambda: decoder.__dict__.pop("forward", None))
-    generate = generate_with(model)
+    generate = generate_with(model, step)
     if generate is not None:
         model.__dict__["generate"] = generate
         patched.undo.append(lambda: model.__dict__.pop("generate", None))
