@@ -69,7 +69,8 @@ class DecodeStep:
         self.seconds = 0.0
         self.left: Counter[str] = Counter()
         self._lock = threading.Lock()
-        self._trusted: int | None = None  # a thread's number
+        self._looked: int | None = None  # the thread whose step was the last to look
+        self._trusted: int | None = None
         self._places: list[Any] = []
         self._sets: Any = None
         self._make_output: Callable[[Tensor, Any], Any] | None = None
@@ -83,9 +84,11 @@ class DecodeStep:
 
     @contextmanager
     def trust(self) -> Iterator[None]:
-        """Within the block, this thread's steps do not look whether the model is as it was: between
-        them runs no code but the caller's."""
-        before, self._trusted = self._trusted, threading.get_ident()
+        """Within the block, this thread's steps do not look whether the model is as it was, where
+        its last forward was one that did: between them runs no code but the caller's."""
+        before = self._trusted
+        if self._looked == threading.get_ident():
+            self._trusted = self._looked
         try:
             yield
         finally:
@@ -113,6 +116,7 @@ class DecodeStep:
                 self.seconds += time.perf_counter() - begun
                 return out
         except (NotTaken, NoRoom) as reason:
+            self._looked = None
             self.left[str(reason)] += 1
         return self.original(*args, **kwargs)
 
@@ -155,6 +159,7 @@ class DecodeStep:
         finally:
             self._lock.release()
         self.taken += rows
+        self._looked = threading.get_ident()
         assert self._make_output is not None
         return self._make_output(hidden.view(x.shape), cache)
 
