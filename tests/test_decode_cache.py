@@ -226,3 +226,27 @@ def test_a_change_between_generations_is_seen(prompt: Prompt) -> None:
     model.generate(ids, max_new_tokens=5)
     handle.remove()
     assert len(seen) == 5, "the prompt and four tokens"
+
+
+def test_threads_that_generate(prompt: Prompt) -> None:
+    """A step that another thread's keeps out goes through the layers, with all of its tokens."""
+    model = family("Mistral")
+    prompts = [prompt(6 + i, seed=i) for i in range(4)]
+    want = [model.generate(ids, max_new_tokens=40) for ids in prompts]
+    patch(model, SRIDA(1.0))
+    got: list[Any] = [None] * len(prompts)
+    caches: list[Any] = [None] * len(prompts)
+
+    def run(i: int) -> None:
+        out = model.generate(prompts[i], max_new_tokens=40, return_dict_in_generate=True)
+        got[i], caches[i] = out.sequences, cache_of(out)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(map(torch.equal, got, want))
+    for ids, cache in zip(prompts, caches, strict=True):
+        assert int(cache.get_seq_length()) == ids.shape[1] + 39
+        assert {layer.keys.shape[2] for layer in cache.layers} == {8}, "the window's"

@@ -60,14 +60,18 @@ class _Room:
         )
 
     def extend(self, tokens: int, keep: int | None) -> None:
-        """Let tokens in, and the first ones out of more than `keep`."""
+        """Let tokens in, and the first ones out of more than `keep`; the views stay."""
         self.end += tokens
         if keep is not None and self.end - self.begin > keep:
             self.begin = self.end - keep
             self.places = self._places()
+
+    def show(self, layer: Any) -> None:
+        """Let the layer have views of what is there."""
         self.keys, self.values = (
             buffer.narrow(2, self.begin, self.end - self.begin) for buffer in self.buffers
         )
+        layer.keys, layer.values = self.keys, self.values
 
     def __reduce__(self) -> Any:
         return type(None), ()  # copies and pickles of a cache get a room of their own
@@ -122,8 +126,9 @@ def _static(layer: StaticLayer, tokens: int) -> tuple[int, Places]:
     return held, Places(keys.data_ptr(), values.data_ptr(), keys.stride(0), keys.stride(1))
 
 
-def extend(layer: Any, tokens: int) -> None:
-    """The tokens were written behind those that the layer holds: let it show them."""
+def extend(layer: Any, tokens: int, show: bool = True) -> None:
+    """The tokens were written behind those that the layer holds. Without `show` it has the views of
+    before, until `show_all`."""
     if type(layer) is StaticLayer:
         layer.cumulative_length.add_(tokens)
         return
@@ -133,4 +138,13 @@ def extend(layer: Any, tokens: int) -> None:
         keep = layer.sliding_window - 1
     room = getattr(layer, _ROOM)
     room.extend(tokens, keep)
-    layer.keys, layer.values = room.keys, room.values
+    if show:
+        room.show(layer)
+
+
+def show_all(cache: Any) -> None:
+    """Let the layers of a cache show all of their tokens."""
+    for layer in cache.layers:
+        room = getattr(layer, _ROOM, None)
+        if room is not None and room.keys is layer.keys and room.values is layer.values:
+            room.show(layer)

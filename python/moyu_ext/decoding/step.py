@@ -22,7 +22,7 @@ from ..models.weights import MlpWeights
 from .check import check_stack
 from .compiled import DTYPES, attention_dict, mlp_dict, norm_tuple
 from .places import first_places
-from .room import NoRoom, check_cache, extend, make_room
+from .room import NoRoom, check_cache, extend, make_room, show_all
 from .stack import NotTaken, Rotations, Stack
 from .watch import Watch, capturing
 
@@ -51,6 +51,20 @@ class Governor(Protocol):
         alive; None: no sets."""
 
 
+class _Thread(threading.local):
+    """What a thread's forwards know of those before: whether the last one was a step that looked
+    at the model, whether the next ones need not, a cache that does not show its last tokens yet."""
+
+    looked = False
+    trusts = False
+    unseen: Any = None
+
+    def show(self) -> None:
+        if self.unseen is not None:
+            show_all(self.unseen)
+            self.unseen = None
+
+
 class DecodeStep:
     """Runs a decoder's decode steps. `forward` takes the place of the decoder's own.
 
@@ -69,8 +83,7 @@ class DecodeStep:
         self.seconds = 0.0
         self.left: Counter[str] = Counter()
         self._lock = threading.Lock()
-        self._looked: int | None = None  # the thread whose step was the last to look
-        self._trusted: int | None = None
+        self._thread = _Thread()
         self._places: list[Any] = []
         self._sets: Any = None
         self._make_output: Callable[[Tensor, Any], Any] | None = None
@@ -85,14 +98,16 @@ class DecodeStep:
     @contextmanager
     def trust(self) -> Iterator[None]:
         """Within the block, this thread's steps do not look whether the model is as it was, where
-        its last forward was one that did: between them runs no code but the caller's."""
-        before = self._trusted
-        if self._looked == threading.get_ident():
-            self._trusted = self._looked
+        its last forward was one that did: between them runs no code but the caller's, which looks
+        at the cache when the block is over."""
+        thread = self._thread
+        before = thread.trusts
+        thread.trusts = thread.looked
         try:
             yield
         finally:
-            self._trusted = before
+            thread.trusts = before
+            thread.show()
 
     def reset(self) -> None:
         """Count anew."""
@@ -116,7 +131,8 @@ class DecodeStep:
                 self.seconds += time.perf_counter() - begun
                 return out
         except (NotTaken, NoRoom) as reason:
-            self._looked = None
+            self._thread.looked = False
+            self._thread.show()
             self.left[str(reason)] += 1
         return self.original(*args, **kwargs)
 
@@ -133,7 +149,7 @@ class DecodeStep:
         if not self._lock.acquire(blocking=False):
             raise NotTaken("another thread's step runs")
         try:
-            if not (self._trusted == threading.get_ident() or self._watch.holds()):
+            if not (self._thread.trusts or self._watch.holds()):
                 self._rebuild()
             held = self._make_room(cache, batch, length)
             past = int(cache.get_seq_length())
@@ -154,12 +170,15 @@ class DecodeStep:
                 raise NotTaken("a forward that is no decode step of its method")
             hidden = self._run(x.contiguous(), rows, length, kinds, ready)
             del keep
-            for layer in cache.layers:
-                extend(layer, length)
+            trusts = self._thread.trusts
+            for i, layer in enumerate(cache.layers):
+                extend(layer, length, i == 0 or not trusts)  # the first one tells the length
+            if trusts:
+                self._thread.unseen = cache
         finally:
             self._lock.release()
         self.taken += rows
-        self._looked = threading.get_ident()
+        self._thread.looked = True
         assert self._make_output is not None
         return self._make_output(hidden.view(x.shape), cache)
 
