@@ -154,7 +154,7 @@ MOYU_INLINE Vec broadcast(float v) { return v; }
 MOYU_INLINE Vec add(Vec a, Vec b) { return a + b; }
 MOYU_INLINE Vec mul(Vec a, Vec b) { return a * b; }
 MOYU_INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }  // b where one is a NaN
-MOYU_INLINE Vec times_power_of_2(Vec v, Vec n) { return std::ldexp(v, static_cast<int>(n)); }
+MOYU_INLINE Vec times_power_of_2(Vec v, Vec n) { return v * std::exp2(n); }
 MOYU_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 template <class T>
 MOYU_INLINE Vec load(const T* p) {
