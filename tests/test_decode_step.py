@@ -277,3 +277,18 @@ def test_hooks_at_patch_time_are_not_called(prompt: Prompt) -> None:
     model.model.layers[0].register_forward_hook(lambda *_: seen.append(1))
     patch(model, Dense())
     assert not seen and "hooks" in report(model).step.reason
+
+
+def test_a_decoder_that_cannot_be_tried_out(prompt: Prompt) -> None:
+    """The patch goes on without the step, and says why."""
+    model = family("Llama")
+    embedding = model.model.embed_tokens
+
+    class Table(nn.Module):
+        def forward(self, ids: Tensor) -> Tensor:
+            return embedding(ids)
+
+    model.model.embed_tokens = Table()
+    patch(model, Dense())
+    assert "trying the step out failed: AttributeError" in report(model).step.reason
+    assert model.generate(prompt(5), max_new_tokens=3).shape == (1, 8)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import ConfigurationError
 from ..methods.base import Method, check_count
@@ -19,6 +18,7 @@ from ..patching.patch import decode_step_of, patch, report, unpatch
 from .at_density import MakeMethod
 from .geometries import Geometry, geometry
 from .machine import MIB, Bandwidth, Machine
+from .probes import clock
 from .random_model import random_model
 
 _SAMPLES = 4  # of the read bandwidth before each method
@@ -143,11 +143,11 @@ def profile_model(model: Any, ids: Tensor, new_tokens: int, label: str) -> Decod
 
     generate(4)
     report(model, reset=True)
-    with _timed(model) as model_once:
+    with clock([(model, model)]) as model_once:
         once = generate(1)
     head = model.get_output_embeddings()
     step.timed()
-    with _timed(model) as in_model, _timed(head) as in_head:
+    with clock([(model, model)]) as in_model, clock([(head, head)]) as in_head:
         whole = generate(new_tokens + 1)
     python, spent = step.timed()
     used = report(model)
@@ -176,24 +176,3 @@ def profile_model(model: Any, ids: Tensor, new_tokens: int, label: str) -> Decod
     parts = [Part(name, 1e3 * seconds / new_tokens, read) for name, seconds, read in times]
     token = sum(part.ms for part in parts)
     return DecodeProfile(label, used.density, parts, token)
-
-
-@contextmanager
-def _timed(module: nn.Module) -> Iterator[list[float]]:
-    """Within the block, collects the seconds of each of the module's forwards."""
-    seconds: list[float] = []
-    began = 0.0
-
-    def begin(*_: Any) -> None:
-        nonlocal began
-        began = time.perf_counter()
-
-    def end(*_: Any) -> None:
-        seconds.append(time.perf_counter() - began)
-
-    handles = [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
-    try:
-        yield seconds
-    finally:
-        for handle in handles:
-            handle.remove()

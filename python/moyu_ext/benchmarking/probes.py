@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..models.families import MlpSite
 from ..patching.projections import Projection
 from ..patching.sparse_mlp import SparseMLP
 
+Hook = Callable[..., None]
 ROWS = 4  # of a forward whose results are kept
 
 
@@ -30,8 +31,8 @@ class Seen:
 
 
 @contextmanager
-def mlp_clock(sites: list[MlpSite]) -> Iterator[list[float]]:
-    """Within the block, collects the seconds that each MLP of each forward takes."""
+def clock(parts: list[tuple[nn.Module, nn.Module]]) -> Iterator[list[float]]:
+    """Within the block, collects the seconds from each (first, last) module's begin to its end."""
     seconds: list[float] = []
     began = 0.0
 
@@ -42,8 +43,13 @@ def mlp_clock(sites: list[MlpSite]) -> Iterator[list[float]]:
     def end(*_: Any) -> None:
         seconds.append(time.perf_counter() - began)
 
-    with _hooked(sites, lambda site: (begin, end)):
+    with _hooked([(part, (begin, end)) for part in parts]):
         yield seconds
+
+
+def mlp_clock(sites: list[MlpSite]) -> AbstractContextManager[list[float]]:
+    """Within the block, collects the seconds that each MLP of each forward takes."""
+    return clock([_ends(site) for site in sites])
 
 
 @contextmanager
@@ -55,7 +61,7 @@ def recorded(sites: list[MlpSite], governed: bool) -> Iterator[list[Seen]]:
     """
     found: list[Seen] = []
 
-    def pair(site: MlpSite) -> tuple[Callable[..., None], Callable[..., None]]:
+    def pair(site: MlpSite) -> tuple[Hook, Hook]:
         kept: list[tuple[Tensor, Tensor]] = []
 
         def begin(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -68,7 +74,7 @@ def recorded(sites: list[MlpSite], governed: bool) -> Iterator[list[Seen]]:
 
         return begin, end
 
-    with _hooked(sites, pair):
+    with _hooked([(_ends(site), pair(site)) for site in sites]):
         yield found
 
 
@@ -111,21 +117,19 @@ def active_neurons(site: MlpSite, x: Tensor, governed: bool = True) -> Tensor:
 
 @contextmanager
 def _hooked(
-    sites: list[MlpSite],
-    pair: Callable[[MlpSite], tuple[Callable[..., None], Callable[..., None]]],
+    parts: list[tuple[tuple[nn.Module, nn.Module], tuple[Hook, Hook]]],
 ) -> Iterator[None]:
-    """pair(site) -> what to call where the MLP begins and where it ends."""
+    """((first, last), (begin, end)): what to call where a part begins and where it ends."""
     handles = []
-    for site in sites:
-        begin, end = pair(site)
-        # An MLP spread over its layer (OPT) begins at the first projection, ends at the last.
-        last = site.linear(site.family.down) if site.family.inline else site.entry
-        handles += [
-            site.entry.register_forward_pre_hook(begin),
-            last.register_forward_hook(end),
-        ]
+    for (first, last), (begin, end) in parts:
+        handles += [first.register_forward_pre_hook(begin), last.register_forward_hook(end)]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _ends(site: MlpSite) -> tuple[nn.Module, nn.Module]:
+    # An MLP spread over its layer (OPT) begins at the first projection, ends at the last.
+    return site.entry, site.linear(site.family.down) if site.family.inline else site.entry

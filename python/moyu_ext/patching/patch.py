@@ -286,6 +286,8 @@ def _install_step(model: nn.Module, patched: _Patch, sites: list[MlpSite]) -> De
         step.check()
     except (NotTaken, NoRoom) as reason:
         return str(reason)
+    except Exception as error:  # the model patches without a step, whatever its parts are
+        return f"trying the step out failed: {error!r}"
 
     @functools.wraps(decoder.forward)
     def forward(*args: Any, **kwargs: Any) -> Any:
