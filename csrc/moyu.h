@@ -75,11 +75,31 @@ struct ActiveSet {
 //   b = 4:    line h < 2, byte p, nibble t < 2: code of element 128h + 64t + p
 inline constexpr int64_t kShadowBlock = 256;
 struct Shadow {
-  const uint8_t* records = nullptr;  // [f, record_bytes]
-  const float* norms = nullptr;      // [f] column norms of W_down
-  int32_t bits_gate = 0;             // 1..4, 0 for an ungated MLP
-  int32_t bits_up = 0;               // 1..4
+  const uint8_t* records = nullptr;   // [f, record_bytes]
+  const float* norms = nullptr;       // [f] column norms of W_down
+  const float* inverse = nullptr;     // [f]: estimated a_i over its score, where one is wanted
+  const float* gate_error = nullptr;  // [f] root mean square errors of the estimates of gate . x
+  const float* up_error = nullptr;    // and up . x, or null: see Tiers
+  int32_t bits_gate = 0;              // 1..4, 0 for an ungated MLP
+  int32_t bits_up = 0;                // 1..4
 };
+
+// The neurons of a row fall into tiers: exact ones, estimated ones, which add the shadow's own value
+// of a_i times the exact row of down, and skipped ones. Which they are is told
+//   by a price per row of weights read, where the shadow has errors: with the score n^ and the
+//     squared error E = (D^2 (u^2 + up_error^2) + (act(g) up_error)^2) norms^2 expected of it, where
+//     D = (act(g + gate_error) - act(g - gate_error)) / 2, an estimate saves n^2 for one row and an
+//     exact value E more for two more (three: one more, without a gate): exact where E >= 2 price
+//     and n^2 >= price, or n^2 < price and n^2 + E >= 3 price; else estimated where n^2 >= price
+//     (ungated: E = (D norms)^2, with u in the place of g and up_error in that of gate_error);
+//   by a threshold: exact where the score is not below epsilon;
+//   by rank: the `exact` largest (of equals the lower index), then the `estimated` next.
+struct Tiers {
+  const float* epsilon = nullptr;  // [1], the price or the threshold; null: by rank
+  int64_t exact = 0;
+  int64_t estimated = 0;
+};
+
 constexpr int64_t shadow_blocks(int64_t d) { return (d + kShadowBlock - 1) / kShadowBlock; }
 constexpr int64_t shadow_record_bytes(int64_t d, int32_t bits_gate, int32_t bits_up) {
   const int64_t codes = 32 * (bits_gate + bits_up), scales = bits_gate ? 4 : 2;
@@ -176,10 +196,10 @@ void threshold_mlp(const Mlp& mlp, Plan plan, const float* scale /* [f] or null:
 void shadow_scores(const Mlp& mlp, const Shadow& shadow, float* scores /* [rows, f] */,
                    float* workspace);
 
-// The MLP over the neurons that the shadow names, per row: those whose score is not below
-// epsilon[0], or without epsilon the k largest (of equals the lower index).
-void shadow_mlp(const Mlp& mlp, const Shadow& shadow, const float* epsilon /* [1] or null */,
-                int64_t k, int32_t* counts /* [rows] */, float* workspace);
+// The MLP in the tiers that the shadow names, per row; counts[0, r] and counts[1, r]: exact and
+// estimated neurons of row r.
+void shadow_mlp(const Mlp& mlp, const Shadow& shadow, const Tiers& tiers,
+                int32_t* counts /* [2, rows] */, float* workspace);
 
 // One layer's attention for up to kMaxRows rows, see Attention; hidden is float32 [rows, d].
 void attend(const Attention& attention, const StepRows& step, const KeyValues& cache, float* hidden,

@@ -41,8 +41,8 @@ void threshold_mlp(const Mlp& mlp, Plan plan, const float* scale /* [f] or null:
 void shadow_scores(const Mlp& mlp, const Shadow& shadow, float* scores /* [rows, f] */,
                    float* workspace, void* stream);
 
-void shadow_mlp(const Mlp& mlp, const Shadow& shadow, const float* epsilon /* [1] or null */,
-                int64_t k, int32_t* counts /* [rows] */, float* workspace, void* stream);
+void shadow_mlp(const Mlp& mlp, const Shadow& shadow, const Tiers& tiers,
+                int32_t* counts /* [2, rows] */, float* workspace, void* stream);
 
 // Copies n words to the host and waits for that; false, with nothing done, while the stream is being
 // captured in a graph. Only for checks that are asked for: no operator needs it.

@@ -268,7 +268,8 @@ inline ActiveSet set_of(const char* op, const Mlp& mlp, const Tensor& x,
 
 // Checks the shadow of an MLP of f neurons with hidden size d.
 inline Shadow shadow_of(const char* op, const Tensor& x, const Tensor& shadow, const Tensor& norms,
-                        int64_t f, int64_t d, bool gated, int64_t bits_gate, int64_t bits_up) {
+                        int64_t f, int64_t d, bool gated, int64_t bits_gate, int64_t bits_up,
+                        const OptionalTensor& inverse = {}, const OptionalTensor& errors = {}) {
   if (bits_up < 1 || bits_up > 4) fail(op, "bits_up must be 1, 2, 3 or 4, got ", bits_up);
   if (gated ? bits_gate < 1 || bits_gate > 4 : bits_gate != 0)
     fail(op,
@@ -283,7 +284,29 @@ inline Shadow shadow_of(const char* op, const Tensor& x, const Tensor& shadow, c
   expect(op, "norms", norms, x, ScalarType::Float, {f});
   out.records = data_as<uint8_t>(shadow);
   out.norms = data_as<float>(norms);
+  expect(op, "inverse", inverse, x, ScalarType::Float, {f});
+  out.inverse = data_as<float>(inverse);
+  expect(op, "errors", errors, x, ScalarType::Float, {2, f});
+  if (errors) {
+    out.gate_error = data_as<float>(errors);
+    out.up_error = out.gate_error + f;
+  }
   return out;
+}
+
+// Checks how a shadow's scores choose; epsilon itself is checked by the device's own code.
+inline Tiers tiers_of(const char* op, const Shadow& shadow, const OptionalTensor& epsilon,
+                      int64_t exact, int64_t estimated, int64_t f) {
+  if (!epsilon && (exact < 0 || exact > f))
+    fail(op, "k must lie in [0, ", f, "] where no epsilon is given, got ", exact);
+  if (estimated < 0 || (epsilon ? estimated > 0 : estimated > f - exact))
+    fail(op, "estimated must lie in [0, ", epsilon ? 0 : f - exact,
+         epsilon ? "] where epsilon is given, got " : "], the neurons that k leaves, got ",
+         estimated);
+  if (shadow.up_error && !epsilon) fail(op, "epsilon, the price, must be given with errors");
+  if ((estimated > 0 || shadow.up_error) && !shadow.inverse)
+    fail(op, "inverse must be given where neurons are estimated");
+  return {data_as<float>(epsilon), exact, estimated};
 }
 
 // Checks the arguments of shadow_scores: x, the biases and the sizes of the MLP, and the shadow.

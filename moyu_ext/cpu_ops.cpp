@@ -88,8 +88,8 @@ Tensor gather_gemv_t_cpu(const Tensor& values, const Tensor& weight_t,
 
 void unpack_rows_cpu(const Tensor& packed, Tensor out) {
   constexpr const char* op = "unpack_rows";
-  cpu::unpack_rows(unpacked_of(op, packed, out), out.size(0), out.size(1),
-                   dtype_of(op, "out", out), out.mutable_data_ptr());
+  cpu::unpack_rows(unpacked_of(op, packed, out), out.size(0), out.size(1), dtype_of(op, "out", out),
+                   out.mutable_data_ptr());
 }
 
 Tensor sparse_mlp_cpu(const Tensor& x, const OptionalTensor& gate, const Tensor& up,
@@ -140,22 +140,21 @@ Tensor shadow_scores_cpu(const Tensor& x, const Tensor& shadow, const Tensor& no
 std::tuple<Tensor, Tensor> shadow_mlp_cpu(
     const Tensor& x, const OptionalTensor& gate, const Tensor& up, const Tensor& down_t,
     const OptionalTensor& gate_bias, const OptionalTensor& up_bias, const OptionalTensor& down_bias,
-    const Tensor& shadow, const Tensor& norms, const OptionalTensor& epsilon, int64_t k,
+    const Tensor& shadow, const Tensor& norms, const OptionalTensor& inverse,
+    const OptionalTensor& errors, const OptionalTensor& epsilon, int64_t k, int64_t estimated,
     int64_t bits_gate, int64_t bits_up, const std::string& activation) {
   constexpr const char* op = "shadow_mlp";
   Mlp mlp = mlp_of(op, x, gate, up, down_t, gate_bias, up_bias, down_bias, activation);
-  const Shadow checked =
-      shadow_of(op, x, shadow, norms, mlp.f, mlp.d, gate.has_value(), bits_gate, bits_up);
+  const Shadow checked = shadow_of(op, x, shadow, norms, mlp.f, mlp.d, gate.has_value(), bits_gate,
+                                   bits_up, inverse, errors);
   if (epsilon &&
       (epsilon->numel() != 1 || epsilon->scalar_type() != ScalarType::Float || !epsilon->is_cpu()))
     fail(op, "epsilon must be one float32 on cpu, got ", describe(*epsilon));
-  if (!epsilon && (k < 0 || k > mlp.f))
-    fail(op, "k must lie in [0, ", mlp.f, "] where no epsilon is given, got ", k);
+  const Tiers tiers = tiers_of(op, checked, epsilon, k, estimated, mlp.f);
   Tensor out = torch::stable::empty_like(x);
-  Tensor counts = empty(x, {mlp.rows}, ScalarType::Int);
+  Tensor counts = empty(x, {2, mlp.rows}, ScalarType::Int);
   mlp.out = out.mutable_data_ptr();
-  cpu::shadow_mlp(mlp, checked, data_as<float>(epsilon), k,
-                  static_cast<int32_t*>(counts.mutable_data_ptr()),
+  cpu::shadow_mlp(mlp, checked, tiers, static_cast<int32_t*>(counts.mutable_data_ptr()),
                   scratch(cpu::shadow_workspace_floats(mlp.rows, mlp.d, mlp.f)));
   return {out, counts};
 }

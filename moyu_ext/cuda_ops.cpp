@@ -155,8 +155,8 @@ Tensor gather_gemv_t_cuda(const Tensor& values, const Tensor& weight_t,
   Tensor out = empty(values, g.shape, g.out_dtype);
   Tensor scratch = workspace(values, g.rows, g.d, g.capacity);
   cuda::gather_gemv_t(data_as<float>(values), g.weight, data(bias), data_as<int32_t>(indices),
-                      data_as<int32_t>(count), out.mutable_data_ptr(), g.rows, g.d, g.f,
-                      g.capacity, dtype_of(op, "out", out), output<float>(scratch), gpu.stream());
+                      data_as<int32_t>(count), out.mutable_data_ptr(), g.rows, g.d, g.f, g.capacity,
+                      dtype_of(op, "out", out), output<float>(scratch), gpu.stream());
   return out;
 }
 
@@ -237,25 +237,24 @@ Tensor shadow_scores_cuda(const Tensor& x, const Tensor& shadow, const Tensor& n
 std::tuple<Tensor, Tensor> shadow_mlp_cuda(
     const Tensor& x, const OptionalTensor& gate, const Tensor& up, const Tensor& down_t,
     const OptionalTensor& gate_bias, const OptionalTensor& up_bias, const OptionalTensor& down_bias,
-    const Tensor& shadow, const Tensor& norms, const OptionalTensor& epsilon, int64_t k,
+    const Tensor& shadow, const Tensor& norms, const OptionalTensor& inverse,
+    const OptionalTensor& errors, const OptionalTensor& epsilon, int64_t k, int64_t estimated,
     int64_t bits_gate, int64_t bits_up, const std::string& activation) {
   constexpr const char* op = "shadow_mlp";
   const Gpu gpu(op, "x", x);
   Mlp mlp = mlp_of(op, x, gate, up, down_t, gate_bias, up_bias, down_bias, activation);
-  const Shadow checked =
-      shadow_of(op, x, shadow, norms, mlp.f, mlp.d, gate.has_value(), bits_gate, bits_up);
+  const Shadow checked = shadow_of(op, x, shadow, norms, mlp.f, mlp.d, gate.has_value(), bits_gate,
+                                   bits_up, inverse, errors);
   check_shadow(op, shadow, mlp.f, mlp.d);
-  if (epsilon) {
-    check_epsilon(op, *epsilon, x);
-  } else if (k < 0 || k > mlp.f) {
-    fail(op, "k must lie in [0, ", mlp.f, "] where no epsilon is given, got ", k);
-  }
+  if (errors) fail(op, "errors: tiers by price run on the CPU alone so far");
+  if (epsilon) check_epsilon(op, *epsilon, x);
+  const Tiers tiers = tiers_of(op, checked, epsilon, k, estimated, mlp.f);
   Tensor out = torch::stable::empty_like(x);
-  Tensor counts = empty(x, {mlp.rows}, ScalarType::Int);
+  Tensor counts = empty(x, {2, mlp.rows}, ScalarType::Int);
   Tensor scratch = shadow_workspace(x, mlp);
   mlp.out = out.mutable_data_ptr();
-  cuda::shadow_mlp(mlp, checked, data_as<float>(epsilon), k, output<int32_t>(counts),
-                   output<float>(scratch), gpu.stream());
+  cuda::shadow_mlp(mlp, checked, tiers, output<int32_t>(counts), output<float>(scratch),
+                   gpu.stream());
   return {out, counts};
 }
 

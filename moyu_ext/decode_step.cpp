@@ -72,8 +72,9 @@ struct Layer {
   ActiveSet set;
   const float *scale = nullptr, *epsilon = nullptr;
   Shadow shadow;
-  int64_t k = 0;
-  int64_t *active = nullptr, *tokens = nullptr;  // counters for the report, or null
+  Tiers tiers;
+  // Counters for the report, or null.
+  int64_t *active = nullptr, *estimated = nullptr, *tokens = nullptr;
 };
 
 class DecodeStep {
@@ -122,12 +123,18 @@ class DecodeStep {
       layer.scale = at<float>(mlp["scale"].cast<uintptr_t>());
       layer.epsilon = at<float>(mlp["epsilon"].cast<uintptr_t>());
       layer.active = at<int64_t>(mlp["active"].cast<uintptr_t>());
+      layer.estimated = at<int64_t>(mlp["estimated_count"].cast<uintptr_t>());
       layer.tokens = at<int64_t>(mlp["tokens"].cast<uintptr_t>());
     }
     if (layer.plan == "shadow") {
-      layer.shadow = {at<uint8_t>(mlp["records"].cast<uintptr_t>()), layer.scale,
-                      mlp["bits_gate"].cast<int32_t>(), mlp["bits_up"].cast<int32_t>()};
-      layer.k = mlp["k"].cast<int64_t>();
+      layer.shadow = {at<uint8_t>(mlp["records"].cast<uintptr_t>()),
+                      layer.scale,
+                      at<float>(mlp["inverse"].cast<uintptr_t>()),
+                      at<float>(mlp["gate_error"].cast<uintptr_t>()),
+                      at<float>(mlp["up_error"].cast<uintptr_t>()),
+                      mlp["bits_gate"].cast<int32_t>(),
+                      mlp["bits_up"].cast<int32_t>()};
+      layer.tiers = {layer.epsilon, mlp["k"].cast<int64_t>(), mlp["estimated"].cast<int64_t>()};
     }
     layers_.push_back(layer);
   }
@@ -226,7 +233,7 @@ class DecodeStep {
     mlp.x = x_.data();
     mlp.out = y_.data();
     mlp.rows = rows_;
-    int32_t counts[kMaxRows];
+    int32_t counts[2 * kMaxRows] = {};
     const size_t floats = layer.plan == "shadow" ? cpu::shadow_workspace_floats(rows_, d_, mlp.f)
                                                  : cpu::workspace_floats(rows_, d_);
     float* const workspace = memory_.at_least(floats);
@@ -234,13 +241,16 @@ class DecodeStep {
       cpu::sparse_mlp(mlp, layer.set, workspace);
       std::fill(counts, counts + rows_, static_cast<int32_t>(mlp.f));
     } else if (layer.plan == "shadow") {
-      cpu::shadow_mlp(mlp, layer.shadow, layer.epsilon, layer.k, counts, workspace);
+      cpu::shadow_mlp(mlp, layer.shadow, layer.tiers, counts, workspace);
     } else {
       const Plan plan = layer.plan == "gate" ? Plan::kGate : Plan::kProduct;
       cpu::threshold_mlp(mlp, plan, layer.scale, layer.epsilon, counts, workspace);
     }
     if (!layer.active) return;
-    for (int64_t r = 0; r < rows_; ++r) *layer.active += counts[r];
+    for (int64_t r = 0; r < rows_; ++r) {
+      *layer.active += counts[r];
+      *layer.estimated += counts[rows_ + r];
+    }
     *layer.tokens += rows_;
   }
 

@@ -23,6 +23,8 @@ STABLE_TORCH_LIBRARY(moyu_ext, m) {
       "bool gated, int bits_gate, int bits_up, str activation) -> Tensor");
   m.def(
       "shadow_mlp(Tensor x, Tensor? gate, Tensor up, Tensor down_t, Tensor? gate_bias, "
-      "Tensor? up_bias, Tensor? down_bias, Tensor shadow, Tensor norms, Tensor? epsilon, int k, "
-      "int bits_gate, int bits_up, str activation) -> (Tensor out, Tensor counts)");
+      "Tensor? up_bias, Tensor? down_bias, Tensor shadow, Tensor norms, Tensor? inverse, "
+      "Tensor? errors, "
+      "Tensor? epsilon, int k, int estimated, int bits_gate, int bits_up, str activation) -> "
+      "(Tensor out, Tensor counts)");
 }

@@ -262,6 +262,9 @@ def test_generate_with_an_embedded_model(tmp_path: Path) -> None:
     assert run["density"] == 1.0 and run["dtype"] == "bfloat16"
     result, run = generate(tmp_path, "stories_silu", "--projections")
     assert run["projections"] == 25
+    assert run["method"] == "Lossless()" and run["agreement"] == 1.0  # no answer changes unasked
+    result, run = generate(tmp_path, "stories_silu", "--density", 0.3)
+    assert run["method"].startswith("QRIDA(density=0.3")
     assert "as fast where memory is the limit" in result.stderr
 
 

@@ -7,9 +7,19 @@ from typing import Any
 import pytest
 import torch
 from moyu_ext.models.weights import MlpWeights
+from moyu_ext.reference import masked_mlp
 from moyu_ext.shadow.build import build_shadow
-from moyu_ext.shadow.reference import choose, shadow_scores
-from test_cuda import Make, Prompt, capture, check_mlp, on_gpu, pytestmark, tokens  # noqa: F401
+from moyu_ext.shadow.reference import choose, product, projections, shadow_scores, tiers
+from test_cuda import (  # noqa: F401
+    Make,
+    Prompt,
+    capture,
+    check_mlp,
+    on_gpu,
+    pytestmark,
+    tokens,
+    wide,
+)
 from test_ops import DTYPES, SIZES, make
 from torch import Tensor
 
@@ -31,6 +41,7 @@ class Case:
         self.bits = (shadow.bits_gate, shadow.bits_up)
         self.shadow, self.norms = shadow.data, weights.column_norms()
         self.gpu_shadow = (self.shadow.cuda(), self.norms.cuda())
+        self.inverse = (1 / self.norms).cuda()
 
     def scores(self, x: Tensor | None = None) -> Tensor:
         g = self.gpu
@@ -46,10 +57,12 @@ class Case:
             *self.bits, "silu",
         )  # fmt: skip
 
-    def mlp(self, epsilon: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    def mlp(self, epsilon: Tensor | None, k: int, estimated: int = 0) -> tuple[Tensor, Tensor]:
         weights = [self.gpu[name] for name in WEIGHTS]
+        inverse = self.inverse if estimated else None
         out, counts = ops.shadow_mlp(
-            self.gpu["x"], *weights, *self.gpu_shadow, epsilon, k, *self.bits, "silu",
+            self.gpu["x"], *weights, *self.gpu_shadow, inverse, None, epsilon, k, estimated,
+            *self.bits, "silu",
         )  # fmt: skip
         return out, counts
 
@@ -58,8 +71,22 @@ class Case:
         eps = None if epsilon is None else torch.tensor([epsilon])
         active = choose(self.scores().cpu(), eps, k)
         out, counts = self.mlp(None if eps is None else eps.cuda(), k)
-        assert torch.equal(counts.cpu().long(), active.sum(-1))
+        assert torch.equal(counts[0].cpu().long(), active.sum(-1)) and not counts[1].any()
         check_mlp(out, self.m, active, "silu", self.m["x"].dtype)
+
+    def check_tiers(self, k: int, estimated: int) -> None:
+        m, act = self.m, "silu"
+        exact, rest = tiers(self.scores().cpu(), k, estimated)
+        pair = projections(
+            m["x"], self.shadow, m["gate_bias"], m["up_bias"], m["gate"] is not None, *self.bits
+        )
+        values = torch.where(rest, product(*pair, act), torch.zeros(())).double()
+        want = masked_mlp(**wide(m), active=exact, activation=act, dtype=torch.float64)
+        want += values @ m["down_t"].double()
+        out, counts = self.mlp(None, k, estimated)
+        assert counts.tolist() == [[k] * len(out), [estimated] * len(out)]
+        close = 4 * torch.finfo(out.dtype).eps + 1e-4
+        assert (out.cpu().double() - want).abs().max() <= close * want.abs().max().clamp(min=1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -93,17 +120,29 @@ def test_the_same_as_on_the_cpu() -> None:
     weights = [case.m[name] for name in WEIGHTS]
     for epsilon, k in ((None, 600), (torch.tensor([0.05]), 0)):
         on_cpu = ops.shadow_mlp(
-            case.m["x"], *weights, case.shadow, case.norms, epsilon, k, *case.bits, "silu"
-        )
+            case.m["x"], *weights, case.shadow, case.norms, None, None, epsilon, k, 0, *case.bits,
+            "silu",
+        )  # fmt: skip
         got = case.mlp(None if epsilon is None else epsilon.cuda(), k)
         assert (got[1].cpu() - on_cpu[1]).abs().max() <= 2
         torch.testing.assert_close(got[0].cpu(), on_cpu[0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tiers(dtype: torch.dtype) -> None:
+    for rows, gated in ((1, True), (2, False), (8, True), (11, True)):
+        case = Case(256, 500, rows, dtype, (2, 2), gated=gated)
+        for k, estimated in ((0, 500), (100, 150), (100, 400), (499, 1)):
+            case.check_tiers(k, estimated)
+            first = case.mlp(None, k, estimated)[0]
+            assert torch.equal(first, case.mlp(None, k, estimated)[0])
 
 
 def test_graph_replays_with_other_inputs_and_thresholds() -> None:
     case = Case(128, 300, 3, torch.float16, (2, 2))
     epsilon = torch.zeros(1, device="cuda")
     top, (top_out, top_counts) = capture(lambda: case.mlp(None, 100))
+    two, (two_out, _) = capture(lambda: case.mlp(None, 100, 100))
     graph, (out, counts) = capture(lambda: case.mlp(epsilon, 0))
     seen = set()
     for value in (0.0, 0.02, 1e9, 0.05):
@@ -111,10 +150,12 @@ def test_graph_replays_with_other_inputs_and_thresholds() -> None:
         epsilon.fill_(value)
         graph.replay()
         top.replay()
+        two.replay()
         eager = case.mlp(epsilon, 0)
         assert torch.equal(out, eager[0]) and torch.equal(counts, eager[1])
-        assert torch.equal(top_out, case.mlp(None, 100)[0]) and top_counts.tolist() == [100] * 3
-        seen.add(int(counts[0]))
+        assert torch.equal(top_out, case.mlp(None, 100)[0]) and top_counts[0].tolist() == [100] * 3
+        assert torch.equal(two_out, case.mlp(None, 100, 100)[0])
+        seen.add(int(counts[0, 0]))
     assert {0, 300} < seen
 
 
@@ -139,11 +180,17 @@ def test_opcheck_and_bad_arguments() -> None:
     shadow, norms = case.gpu_shadow
     check = torch.library.opcheck
     check(ops.shadow_scores, (case.gpu["x"], shadow, norms, None, None, True, 2, 2, "silu"))
-    check(ops.shadow_mlp, (case.gpu["x"], *weights, shadow, norms, None, 5, 2, 2, "silu"))
+    inverse = 1 / norms
+    given = (case.gpu["x"], *weights, shadow, norms)
+    check(ops.shadow_mlp, (*given, None, None, None, 5, 0, 2, 2, "silu"))
+    check(ops.shadow_mlp, (*given, inverse, None, None, 5, 4, 2, 2, "silu"))
 
     def run(shadow: Tensor = shadow, norms: Tensor = norms, k: int = 5, **changes: Any) -> None:
-        epsilon = changes.get("epsilon")
-        ops.shadow_mlp(case.gpu["x"], *weights, shadow, norms, epsilon, k, 2, 2, "silu")
+        inverse, epsilon = changes.get("inverse"), changes.get("epsilon")
+        ops.shadow_mlp(
+            case.gpu["x"], *weights, shadow, norms, inverse, None, epsilon, k,
+            changes.get("estimated", 0), 2, 2, "silu",
+        )  # fmt: skip
 
     with pytest.raises(RuntimeError, match=r"shadow must be .* on cuda:0, got .* on cpu"):
         run(shadow=case.shadow)
@@ -153,6 +200,12 @@ def test_opcheck_and_bad_arguments() -> None:
         run(epsilon=torch.zeros(1))
     with pytest.raises(RuntimeError, match=r"k must lie in \[0, 16\]"):
         run(k=17)
+    with pytest.raises(RuntimeError, match=r"estimated must lie in \[0, 11\]"):
+        run(estimated=12, inverse=inverse)
+    with pytest.raises(RuntimeError, match="inverse must be given"):
+        run(estimated=4)
+    with pytest.raises(RuntimeError, match=r"inverse must be .* on cuda:0"):
+        run(estimated=4, inverse=inverse.cpu())
     moved = torch.empty(shadow.numel() + 1, dtype=torch.uint8, device="cuda")[1:]
     with pytest.raises(RuntimeError, match="multiple of 16 bytes"):
         run(shadow=moved.view_as(shadow).copy_(shadow))

@@ -281,7 +281,7 @@ def test_opcheck():
     names = ("gate", "up", "down_t", "gate_bias", "up_bias", "down_bias")
     shadow = build_shadow(MlpWeights(*(m[k] for k in names), activation="silu"), 2, 2).data
     check(ops.shadow_scores, (m["x"], shadow, norms, None, None, True, 2, 2, "silu"))
-    args = (m["x"], *weights, shadow, norms, None, 5, 2, 2, "silu")
+    args = (m["x"], *weights, shadow, norms, 1 / norms, None, None, 5, 3, 2, 2, "silu")
     check(ops.shadow_mlp, args)
 
 

@@ -231,8 +231,8 @@ def test_not_a_number_reaches_the_output() -> None:
     x = random(2, 64)
     x[1, 3] = float("nan")
     args = (x, w.gate, w.up, w.down_t, None, None, None, shadow.data, w.column_norms())
-    out, counts = shadow_mlp(*args, torch.tensor([1e9]), 0, 2, 2, "silu")
-    assert counts.tolist() == [0, 16]
+    out, counts = shadow_mlp(*args, None, None, torch.tensor([1e9]), 0, 0, 2, 2, "silu")
+    assert counts.tolist() == [[0, 16], [0, 0]]
     assert not out[0].any() and out[1].isnan().all()
 
 
@@ -254,16 +254,16 @@ def test_mlp_is_the_exact_mlp_of_the_chosen() -> None:
     biases = (w.gate_bias, w.up_bias)
     scores = shadow_scores(x, shadow.data, norms, *biases, True, 2, 2, "gelu")
     args = (x, w.gate, w.up, w.down_t, *biases, w.down_bias, shadow.data, norms)
-    out, counts = shadow_mlp(*args, None, 7, 2, 2, "gelu")
-    assert counts.tolist() == [7, 7, 7]
+    out, counts = shadow_mlp(*args, None, None, None, 7, 0, 2, 2, "gelu")
+    assert counts.tolist() == [[7, 7, 7], [0, 0, 0]]
     assert w.gate is not None and w.down_bias is not None
     for r in range(3):
         top = scores[r].topk(7).indices
         a = torch.nn.functional.gelu(x[r] @ w.gate[top].t() + w.gate_bias[top])
         a = a * (x[r] @ w.up[top].t() + w.up_bias[top])
         torch.testing.assert_close(out[r], a @ w.down_t[top] + w.down_bias, rtol=1e-4, atol=1e-3)
-    out, counts = shadow_mlp(*args, scores[0].median().view(1), 0, 2, 2, "gelu")
-    assert counts[0] == 21  # of 40, the median is the lower middle
+    out, counts = shadow_mlp(*args, None, None, scores[0].median().view(1), 0, 0, 2, 2, "gelu")
+    assert counts[0, 0] == 21  # of 40, the median is the lower middle
 
 
 # --- rounding that knows the inputs ---

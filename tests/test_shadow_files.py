@@ -88,7 +88,7 @@ def test_damaged_files_are_refused(saved: tuple[Shadows, Path], damage: str) -> 
         elif damage == "header":
             content[8:40] = b"x" * 32
         elif damage == "version":
-            content = content.replace(b'format_version\\": 2', b'format_version\\": 7')
+            content = content.replace(b'format_version\\": 3', b'format_version\\": 7')
         elif damage == "long":
             content += b"\0" * 64
         path.write_bytes(content)
@@ -140,7 +140,7 @@ def test_header_that_lies_about_shapes_is_refused(
         {"sha256": None},
         {"fingerprint": None},
         {"fitted": 1},
-        {"format_version": "2"},
+        {"format_version": "3"},
     ],
 )
 def test_header_that_says_something_else_is_refused(

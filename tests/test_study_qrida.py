@@ -1,4 +1,4 @@
-"""`moyu study qrida`, `qrida-bytes` and `qrida-guard`."""
+"""`moyu study qrida`, `qrida-bytes`, `qrida-guard` and `frontier`."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from moyu_ext.models.cache import cache_of, passing
 from moyu_ext.shadow.build import build_shadow
 from moyu_ext.shadow.pack import record_bytes
-from moyu_ext.studies import qrida_bytes, qrida_guard, qrida_rankings
+from moyu_ext.studies import frontier, qrida_bytes, qrida_guard, qrida_rankings
 from moyu_ext.studies.parts import FOLDER, once
 from moyu_ext.studies.qrida import run
 from moyu_ext.studies.qrida_rankings import (
@@ -147,8 +147,38 @@ def test_study_of_bytes(tiny, tmp_path: Path) -> None:
     for values in choice.values():
         densities = [point["density"] for point in values["arms"].values()]
         assert densities == pytest.approx([densities[0]] * 4, abs=0.05)
-    assert set(report.numbers["llama"]["budget"]) == set(qrida_bytes.METHODS)
     assert report.claims
+
+
+def test_study_of_the_frontier(tiny, tmp_path: Path) -> None:
+    setting = tiny_setting(tiny, tmp_path)
+    report = Report("frontier", "t", "s", tmp_path / "out")
+    frontier.run(setting, report)
+    points = {point["label"]: point for point in report.numbers["llama"]}
+    every = points["8 bits, all neurons"]
+    assert every["bits"] == 8 * 68 / 32 and 0 <= every["kl"] < 0.01  # one block of 64 for d = 32
+    tiers = points["bf16, tiers, 0.70 of the rows"]
+    rows = tiers["exact"] + tiers["estimated"] / 3
+    assert rows == pytest.approx(0.7, abs=0.1)
+    record = 8 * (record_bytes(32, 3, 3) + 12) / (3 * 32)
+    assert tiers["bits"] == pytest.approx(16 * rows + record)
+    assert tiers["unpadded"] < tiers["bits"]
+    for group in ("CATS", "TDA", "TEAL"):
+        assert points[f"{group} at 0.5"]["kl"] > points[f"{group} at 0.7"]["kl"] > 0
+    assert points["TEAL at 0.5"]["bits"] == 8
+    assert (tmp_path / "out" / "frontier_llama.png").exists() and report.claims
+    assert not any(hasattr(m, "is_stand_in") for m in setting.subject("llama").model.modules())
+
+
+def test_the_frontier_and_the_line() -> None:
+    def at(bits: float, kl: float) -> dict[str, float]:
+        return {"bits": bits, "kl": kl}
+
+    line = [at(4, 0.1), at(6, 0.001), at(5, 0.01)]
+    assert frontier.frontier([*line, at(5.5, 0.02)]) == [line[0], line[2], line[1]]
+    assert frontier.below(at(4.5, 0.03), line) is True
+    assert frontier.below(at(4.5, 0.04), line) is False
+    assert frontier.below(at(7, 0.0), line) is None
 
 
 def test_watching_sees_what_a_guard_on_every_token_sees(tiny) -> None:

@@ -1,7 +1,8 @@
-"""The tuner: its parts, and that what it promises holds when measured by other code."""
+"""Budgets: what errors cost, the price that keeps a budget, and that it holds when measured by
+other code."""
 
 import json
-import re
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,262 +10,327 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from moyu_ext.calibration.curves import DENSE, Level, LossCurve, allocate, levels
-from moyu_ext.calibration.tune import FILE, Tuned, _Run, tune
-from moyu_ext.cli.tune import bit_pairs, percent
+from moyu_ext.calibration import budget as budgets
+from moyu_ext.calibration import tune as tuning
+from moyu_ext.calibration.pace import Pace, measure_pace
+from moyu_ext.calibration.router_fit import cost_at, fit_router
+from moyu_ext.calibration.sensitivity import sample_layers
+from moyu_ext.calibration.tune import nats, tune
+from moyu_ext.calibration.tuned import FILE
 from moyu_ext.errors import ArtifactError, ConfigurationError, PatchStateError
-from moyu_ext.evaluation.perplexity import generation_perplexity
 from moyu_ext.models.families import find_mlps
+from moyu_ext.shadow.reference import expected_gains, projections, tiers_by_price
 
 import moyu_ext
-from moyu_ext import QRIDA, TDA, Shadows, Thresholds
+from moyu_ext import QRIDA, Lossless, Shadows, Tuned
 
 Make = Callable[..., Any]
 
 
-def level(cett: float, share: float, bits: tuple[int, int] | None = None) -> Level:
-    return Level(1.0, share, cett, cett, cett, cett, share, bits)
-
-
-def test_loss_curve_goes_through_its_probes() -> None:
-    curve = LossCurve.through([(0.4, 0.016), (0.2, 0.002)])
-    assert curve.power == pytest.approx(3)
-    assert curve(0.4) == pytest.approx(0.016) and curve(0.2) == pytest.approx(0.002)
-    assert curve(0.0) == 0
-    one = LossCurve.through([(0.5, 0.01)])
-    assert one.power == 2 and one(0.25) == pytest.approx(0.0025)
-    # Noise: a probe that lost nothing, or less than a smaller one did.
-    assert LossCurve.through([(0.2, -1e-3), (0.4, 0.01)])(0.4) == pytest.approx(0.01)
-    assert LossCurve.through([(0.2, 0.02), (0.4, 0.01)]).power == 1
-    assert LossCurve.through([])(0.5) < 1e-6
-
-
-def test_allocation_is_the_best_of_all_on_its_hull() -> None:
-    """Against every combination of two layers' levels."""
-    a = [level(0.1, 0.8), level(0.2, 0.5), level(0.4, 0.4)]
-    b = [level(0.1, 0.9), level(0.3, 0.3)]
-    curves = [LossCurve(1.0, 2.0), LossCurve(0.5, 2.0)]
-    budgets = [0.0, 0.005, 0.01, 0.045, 0.05, 0.1, 1.0]
-    for budget in budgets:
-        chosen = allocate([a, b], curves, budget)
-        spent = sum(curve(x.cett) for curve, x in zip(curves, chosen, strict=True))
-        assert spent <= budget + 1e-12
-    # Spending exactly what hull steps cost is optimal there.
-    for budget in (0.015, 0.055, 0.085, 0.205):
-        best = min(
-            x.share + y.share
-            for x in [DENSE, *a]
-            for y in [DENSE, *b]
-            if curves[0](x.cett) + curves[1](y.cett) <= budget + 1e-12
-        )
-        chosen = allocate([a, b], curves, budget)
-        assert sum(x.share for x in chosen) == pytest.approx(best)
-    assert allocate([a, b], curves, 0.0) == [DENSE, DENSE]
-
-
-def test_allocation_prefers_cheaper_bits_and_skips_useless_levels() -> None:
-    options = [level(0.2, 0.6, (3, 3)), level(0.2, 0.5, (2, 2)), level(0.1, 1.05, (1, 1))]
-    (chosen,) = allocate([options], [LossCurve(1.0, 2.0)], 1.0)
-    assert chosen.bits == (2, 2)
-    assert allocate([[level(0.1, 1.05)]], [LossCurve(1.0, 2.0)], 1.0) == [DENSE]
-    assert allocate([[]], [LossCurve(1.0, 2.0)], 1.0) == [DENSE]
-
-
-@pytest.mark.parametrize("family", ["llama", "llama-relu", "opt"])
-def test_levels_measure_density_and_cett(tiny: Make, family: str) -> None:
-    w = find_mlps(tiny(family))[0].weights()
-    x = torch.randn(300, w.d, generator=torch.Generator().manual_seed(0))
-    found = levels(x, w, "product", lambda density: density)
-    assert [item.epsilon for item in found] == sorted(item.epsilon for item in found)
-    assert len(found) >= 10
-    with torch.no_grad():
-        a = F.linear(x, w.up, w.up_bias)
-        act = F.silu if w.activation == "silu" else F.relu
-        a = act(a) if w.gate is None else a * act(F.linear(x, w.gate, w.gate_bias))
-        for item in found[::4]:
-            below = a.abs() * w.column_norms() < item.epsilon
-            ratio = (a * below @ w.down_t).norm(dim=1) / (a @ w.down_t).norm(dim=1)
-            assert item.cett == pytest.approx(ratio.nan_to_num(0.0).mean().item(), rel=1e-3)
-            assert item.density == pytest.approx(1 - below.float().mean().item(), abs=1e-5)
-            assert item.p50 <= item.p95 <= item.max
-
-
 class Letters:
+    """A tokenizer for the tiny models: one token per character."""
+
     bos_token_id = 1
 
     def encode(self, text: str) -> list[int]:
-        return [3 + ord(c) % 98 for c in text]
-
-
-@pytest.fixture
-def texts(tiny: Make) -> list[str]:
-    """Text that the tiny model finds likely: what it writes, as letters."""
-    model = tiny("llama")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        ids = model.generate(
-            input_ids=torch.full((24, 1), 5), max_new_tokens=48, do_sample=True, pad_token_id=0
-        )
-    back = {3 + c % 98: chr(c) for c in range(32, 130)}
-    return ["".join(back.get(i, "a") for i in row) for row in ids.tolist()]
+        return [1] + [3 + ord(c) % 98 for c in text]
 
 
 SMALL: dict[str, Any] = {"context": 16, "continuation": 32, "max_tokens": 24 * 48}
 
 
-@pytest.mark.parametrize("method", ["qrida", "tda", TDA(0.0, score="gate")])
-def test_tuned_thresholds_keep_the_budget(
-    tiny: Make, texts: list[str], tmp_path: Path, method: Any
-) -> None:
-    model = tiny("llama")
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MOYU_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def fast_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine on which time is bytes: tiny layers themselves gain nothing from a router."""
+    monkeypatch.setattr(tuning, "measure_pace", lambda *_: Pace(3.0, 0.1, 3.0, 1.0))
+
+
+def rows_of(model: Any, count: int, length: int = 48) -> torch.Tensor:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return model.generate(
+            input_ids=torch.full((count, 1), 5), max_new_tokens=length - 1, do_sample=True,
+            pad_token_id=0,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [(0.01, 0.01), (1, 1.0), ("0.02", 0.02), ("1%", math.log(1.01)), (" 50 % ", math.log(1.5))],
+)
+def test_budgets_are_nats(given: Any, wanted: float) -> None:
+    assert nats(given) == pytest.approx(wanted, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "given", [0, -0.1, float("nan"), float("inf"), "", "one", "1%%", "-1%", True, None, [0.1]]
+)
+def test_what_is_no_budget_is_refused(given: Any, tiny: Make) -> None:
+    with pytest.raises(ConfigurationError, match="budget is"):
+        nats(given)
+    if given is not None:
+        model = tiny("llama")
+        with pytest.raises(ConfigurationError, match="budget is"):
+            moyu_ext.patch(model, budget=given)
+        assert not moyu_ext.patching.patch.is_patched(model)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gemma"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_predicted_loss_of_an_error_is_its_kl(tiny: Make, family: str, packed: bool) -> None:
+    model = tiny(family)
+    if packed:
+        model = moyu_ext.pack(model, bits=8)
+    sites = find_mlps(model)
+    ids, context = rows_of(model, 48), 16
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    samples = sample_layers(model, sites, ids, context, seed=0)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+    generator = torch.Generator().manual_seed(1)
+    errors = [0.03 * torch.randn(s.g.shape, generator=generator) for s in samples]
+    predicted = sum(
+        float((s.g * e).sum(-1).square().mean()) / 2 for s, e in zip(samples, errors, strict=True)
+    )
+    with torch.no_grad():
+        dense = model(input_ids=ids).logits[:, context:-1].log_softmax(-1)
+        handles = []
+        for site, error in zip(sites, errors, strict=True):
+
+            def add(module: Any, args: Any, out: Any, error: Any = error) -> Any:
+                full = torch.zeros(*ids.shape, out.shape[-1])
+                full[:, context:] = error.view(len(ids), -1, out.shape[-1])
+                return out + full.view(out.shape)
+
+            handles.append(site.linear(site.family.down).register_forward_hook(add))
+        other = model(input_ids=ids).logits[:, context:-1].log_softmax(-1)
+        for handle in handles:
+            handle.remove()
+    kl = F.kl_div(other, dense, reduction="none", log_target=True).sum(-1).mean()
+    assert kl == pytest.approx(predicted, rel=0.3)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_a_router_knows_its_costs(tiny: Make, family: str) -> None:
+    model = tiny(family)
+    sites = find_mlps(model)
+    samples = sample_layers(model, sites, rows_of(model, 16), 16, seed=0)[1]
+    w = sites[1].weights()
+    shadow = fit_router(samples, w, (3, 3))
+    assert shadow.costs is not None and shadow.costs.shape == (3, w.f)
+    along = samples.g @ w.down_t.t()
+    torch.testing.assert_close(
+        shadow.costs[0], (along.square().mean(0) / 2).sqrt(), rtol=1e-3, atol=1e-8
+    )
+    x = samples.x[samples.governed]
+    how = (x, shadow.data, w.gate_bias, w.up_bias, w.gated, 3, 3)
+    gate, up = projections(*how)
+    pairs = [(up, w.project(x, "up"), shadow.costs[2])]
+    if gate is not None:
+        pairs.append((gate, w.project(x, "gate"), shadow.costs[1]))
+    for guess, right, error in pairs:
+        found = (guess - right).square().mean(0).sqrt()
+        # That of all inputs, with some of none in particular.
+        assert 0.8 < float((error / found).median()) < 1.6
+    # And what it does at a price, against the same in the open.
+    prices = [1e-7, 1e-5, 1e-3]
+    gains = expected_gains(gate, up, w.activation, shadow.costs[0], shadow.costs[1:])
+    a = w.activations(x)[1]
+    guess = a.new_tensor(0.0) + (torch.relu(up) if gate is None else F.silu(gate) * up)
+    for price, cost in zip(prices, cost_at(samples, w, shadow, prices, 10**6), strict=True):
+        exact, estimated = tiers_by_price(*gains, price, gate is not None)
+        kept = torch.where(exact, a, torch.where(estimated, guess, torch.zeros(())))
+        lost = (samples.g * ((kept - a) @ w.down_t)).sum(-1)
+        assert cost.exact == pytest.approx(float(exact.float().mean()))
+        assert cost.estimated == pytest.approx(float(estimated.float().mean()))
+        assert cost.loss == pytest.approx(float(lost.square().mean()) / 2, rel=1e-3, abs=1e-12)
+        again = exact.float().mean() + estimated.float().mean()
+        assert (price == prices[0]) <= (again > 0.5) and (price == prices[2]) <= (again < 0.5)
+
+
+@pytest.mark.usefixtures("fast_rows")
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_budget_is_kept(tiny: Make, tmp_path: Path, packed: bool) -> None:
+    model = moyu_ext.pack(tiny("llama"), bits=8) if packed else tiny("llama")
     before = {name: p.clone() for name, p in model.named_parameters()}
     steps: list[tuple[int, int]] = []
+    texts = ["".join(chr(32 + (i * 7 + j * j) % 90) for j in range(60)) for i in range(24)]
     tuned = tune(
-        model, Letters(), texts, max_perplexity_increase=0.05, method=method, **SMALL,
+        model, Letters(), texts, budget=0.05, **SMALL,
         progress=lambda text, done, total: steps.append((done, total)),
     )  # fmt: skip
-    assert steps == [(i, len(steps)) for i in range(len(steps))] and len(steps) > 10
+    assert [done for done, _ in steps] == list(range(len(steps))) and len(steps) >= 5
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    assert tuned.increase <= 0.05 and tuned.point.share < 1 and tuned.point.increase <= 0.05
+    assert tuned.sparse and 0 < tuned.kl <= 0.05 and tuned.seconds < tuned.dense_seconds
     # Measured again, by other code, on the rows held out.
-    rows = torch.tensor([Letters().encode(t)[:48] for t in texts])[1::2]
-    dense = generation_perplexity(model, rows, context=16, continuation=32).perplexity
-    moyu_ext.patch(model, tuned.method())
-    sparse = generation_perplexity(model, rows, context=16, continuation=32).perplexity
-    assert sparse / dense - 1 == pytest.approx(tuned.increase, abs=1e-4)
-    density = moyu_ext.report(model).density
-    assert density == pytest.approx(tuned.thresholds.density, abs=0.1)
-    assert tuned.tokens == 12 * 32
+    rows = torch.tensor([Letters().encode(t)[:48] for t in texts])[::3]
+    with torch.no_grad():
+        dense = model(input_ids=rows).logits[:, 16:-1].log_softmax(-1)
+        moyu_ext.patch(model, tuned.method())
+        with moyu_ext.scoring(model, 16):
+            sparse = model(input_ids=rows).logits[:, 16:-1].log_softmax(-1)
+    kl = F.kl_div(sparse, dense, reduction="none", log_target=True).sum(-1)
+    assert tuned.tokens == kl.numel()
+    assert float(kl.mean()) == pytest.approx(tuned.kl, rel=1e-3)
+    same = dense.argmax(-1) == sparse.argmax(-1)
+    assert tuned.agreement == pytest.approx(float(same.float().mean()))
+    report = moyu_ext.report(model)
+    predicted = sum(layer.exact for layer in tuned.layers) / 3
+    assert report.density == pytest.approx(predicted, abs=0.1)
+    assert report.estimated == pytest.approx(
+        sum(layer.estimated for layer in tuned.layers) / 3, abs=0.1
+    )
+    moyu_ext.unpatch(model)
     # The artefact.
     tuned.save_pretrained(tmp_path)
-    loaded = Thresholds.from_pretrained(tmp_path)
-    assert loaded == tuned.thresholds
-    if tuned.shadows is None:
-        assert method != "qrida"
-    else:
-        shadows = Shadows.from_pretrained(tmp_path)
-        assert shadows.fitted and shadows.key == loaded.shadows
-        moyu_ext.unpatch(model)
-        moyu_ext.patch(model, QRIDA(loaded, shadows=shadows))
-        again = generation_perplexity(model, rows, context=16, continuation=32).perplexity
-        assert again == sparse and moyu_ext.report(model).density == density
-        moyu_ext.unpatch(model)
-        with pytest.raises(
-            ConfigurationError, match=r"found with fitted shadows .* has the shadows"
-        ):
-            moyu_ext.patch(model, QRIDA(loaded))
-        assert not moyu_ext.patching.patch.is_patched(model)
-    saved = json.loads((tmp_path / FILE).read_text())
-    assert saved["increase"] == tuned.increase and len(saved["frontier"]) >= 7
-    shares = [p.share for p in tuned.frontier]
-    assert shares == sorted(shares)
+    loaded = Tuned.from_pretrained(tmp_path)
+    assert loaded.as_dict() == tuned.as_dict()
+    with torch.no_grad():
+        moyu_ext.patch(model, loaded.method())
+        with moyu_ext.scoring(model, 16):
+            again = model(input_ids=rows).logits[:, 16:-1].log_softmax(-1)
+    assert torch.equal(again, sparse)
     with pytest.raises(ArtifactError):
-        moyu_ext.patch(tiny("llama", seed=1), tuned.method())
+        moyu_ext.patch(tiny("llama", seed=1), loaded.method())
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_predicted_speedup_counts_what_a_step_reads(tiny: Make, tied: bool) -> None:
-    """Of a table of embeddings a step reads one row, unless the head is the same table."""
-    model = tiny("llama", tie_word_embeddings=tied)
-    run = _Run(model, find_mlps(model), torch.full((2, 8), 5), 4, "product", [])
-    mlps = 3 * 3 * 32 * 96
-    rest = sum(p.numel() for n, p in model.named_parameters() if "mlp" not in n)
-    if not tied:
-        rest -= 101 * 32
-    assert run._speedup(1.0) == 1
-    assert run._speedup(0.25) == pytest.approx((rest + mlps) / (rest + 0.25 * mlps))
+@pytest.mark.usefixtures("fast_rows")
+def test_more_budget_buys_more(tiny: Make) -> None:
+    found = [tune(tiny("llama"), budget=b, **SMALL) for b in (0.002, 0.02, 0.2)]
+    assert found[0].seconds > found[1].seconds > found[2].seconds
+    assert found[0].kl < found[1].kl < found[2].kl
+    one = tune(tiny("llama"), budget=0.02, layers=[1], **SMALL)
+    assert [layer.price > 0 for layer in one.layers] == [False, True, False]
 
 
-def test_budget_that_cannot_be_met_says_what_can(tiny: Make, texts: list[str]) -> None:
+def test_where_nothing_is_gained_all_stays_dense(tiny: Make, prompt: Make) -> None:
     model = tiny("llama")
-    with pytest.raises(ConfigurationError, match=r"= 1e-07% cannot be met: .* Allow ") as caught:
-        tune(model, Letters(), texts, max_perplexity_increase=1e-9, **SMALL)
-    match = re.search(r"Allow (\d+\.\d\d)%", str(caught.value))
-    assert match is not None and float(match[1]) > 0
-    # What it names can be had, on the tuning text at least, with room for the other half's noise.
-    allowed = 2 * float(match[1]) / 100 + 0.02
-    assert tune(model, Letters(), texts, max_perplexity_increase=allowed, **SMALL).point.share < 1
+    ids = prompt(12)
+    want = model.generate(input_ids=ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    tuned = tune(model, budget=0.01, **SMALL)
+    assert not tuned.sparse and isinstance(tuned.method(), Lossless) and tuned.kl == 0
+    moyu_ext.patch(model, budget=0.01, layers=[0, 2])
+    got = model.generate(input_ids=ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert torch.equal(got, want)
+    text = str(moyu_ext.report(model))
+    assert "0.01 nats buy no time in any layer here" in text
 
 
-def test_without_text_the_model_writes_its_own(tiny: Make) -> None:
-    tuned = tune(
-        tiny("llama"), Letters(), max_perplexity_increase=0.2, bits=[(2, 2)],
-        context=16, continuation=32, max_tokens=960,
-    )  # fmt: skip
-    assert isinstance(tuned, Tuned) and isinstance(tuned.method(), QRIDA)
-    assert set(tuned.thresholds.bits) == {(2, 2)}
+def test_the_pace_is_that_of_the_rules(tiny: Make) -> None:
+    model = tiny("llama", hidden_size=256, intermediate_size=2048)
+    shadows = Shadows.build(model, 3)
+    pace = measure_pace(model, shadows, [torch.randn(1, 256) for _ in range(3)])
+    assert pace.dense > 0 and pace.exact > 0
+    assert not moyu_ext.patching.patch.is_patched(model)
+
+
+@pytest.mark.usefixtures("fast_rows")
+def test_patch_remembers_a_budget(
+    tiny: Make, prompt: Make, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def counted(*args: Any, **kwargs: Any) -> Tuned:
+        calls.append(kwargs)
+        return tune(*args, **kwargs, **SMALL)
+
+    monkeypatch.setattr(budgets, "tune", counted)
+    ids = prompt(12)
+    texts = []
+    for _ in range(2):
+        model = moyu_ext.patch(tiny("llama"), budget=0.05)
+        texts.append(model.generate(input_ids=ids, max_new_tokens=8, do_sample=False))
+        text = str(moyu_ext.report(model))
+        assert "of 0.05 nats on" in text and "as fast" in text and "QRIDA(price=" in text
+    assert len(calls) == 1 and torch.equal(*texts)
+    moyu_ext.patch(tiny("llama"), budget="5%")
+    moyu_ext.patch(tiny("llama", seed=1), budget=0.05)
+    moyu_ext.patch(tiny("llama"), budget=0.05, layers=[1])
+    assert len(calls) == 4
+    # A damaged file is found anew; a folder that cannot be written is said.
+    for folder in (cache / "budgets").iterdir():
+        (folder / FILE).write_text("{}")
+    with pytest.warns(UserWarning, match="found anew"):
+        moyu_ext.patch(tiny("llama"), budget=0.05)
+    (cache.parent / "file").write_text("")
+    monkeypatch.setenv("MOYU_CACHE", str(cache.parent / "file"))
+    with pytest.warns(UserWarning, match="set MOYU_CACHE"):
+        moyu_ext.patch(tiny("llama"), budget=0.05)
+    with pytest.raises(ConfigurationError, match="give one of them"):
+        moyu_ext.patch(tiny("llama"), QRIDA(), budget=0.05)
+
+
+@pytest.mark.usefixtures("fast_rows")
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"layers": []},
+        {"budget": float("nan")},
+        {"budget": True},
+        {"kl": -1.0},
+        {"tokens": "many"},
+        {"model": 3},
+        {"shadows": "0" * 32},
+        {"shadows": ""},
+        {"format_version": 9},
+        {"more": 1},
+    ],
+    ids=lambda change: "-".join(change) + "-" + str(next(iter(change.values())))[:8],
+)
+def test_a_changed_file_is_refused(tiny: Make, tmp_path: Path, change: dict[str, Any]) -> None:
+    tune(tiny("llama"), budget=0.1, **SMALL).save_pretrained(tmp_path)
+    content = json.loads((tmp_path / FILE).read_text())
+    (tmp_path / FILE).write_text(json.dumps(content | change))
+    with pytest.raises(ArtifactError, match="run moyu tune again"):
+        Tuned.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"max_perplexity_increase": 0}, "above 0"),
-        ({"max_perplexity_increase": -0.1}, "above 0"),
-        ({"max_perplexity_increase": float("nan")}, "above 0"),
-        ({"method": "srida"}, "QRIDA and TDA"),
-        ({"bits": [(5, 5)]}, "1, 2, 3 or 4"),
-        ({"context": 500}, "takes 256"),
-        ({"max_tokens": 60}, "at least 2"),
+        ({"budget": 0}, "above 0"),
+        ({"bits": 5}, "1, 2, 3 or 4"),
+        ({"context": 500}, "256 tokens that this model takes"),
+        ({"context": 0}, "at least 1 each"),
+        ({"max_tokens": 60}, "at least 3"),
+        ({"layers": [7]}, "layers contains 7"),
     ],
 )
-def test_bad_arguments_are_refused(
-    tiny: Make, texts: list[str], arguments: dict[str, Any], message: str
-) -> None:
+def test_bad_arguments_are_refused(tiny: Make, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
-        tune(tiny("llama"), Letters(), texts, **{**SMALL, **arguments})
+        tune(tiny("llama"), **{**SMALL, **arguments})
 
 
-def test_patched_and_training_models_are_refused(tiny: Make, texts: list[str]) -> None:
+def test_patched_and_training_models_are_refused(tiny: Make) -> None:
     with pytest.raises(PatchStateError, match="patched"):
-        tune(moyu_ext.patch(tiny("llama")), Letters(), texts, **SMALL)
+        tune(moyu_ext.patch(tiny("llama")), **SMALL)
     with pytest.raises(PatchStateError, match="training"):
-        tune(tiny("llama").train(), Letters(), texts, **SMALL)
-
-
-def test_command_line_numbers() -> None:
-    assert percent("1%") == percent("0.01") == percent(" 1 % ") == 0.01
-    assert bit_pairs("1,2/1,3") == [(1, 1), (2, 1), (3, 3)]
-    for wrong in ("", "one", "1%%", "1.2.3"):
-        with pytest.raises(ConfigurationError, match="max-perplexity-increase"):
-            percent(wrong)
-    for wrong in ("", "x", "2/1/3", "7"):
-        with pytest.raises(ConfigurationError):
-            bit_pairs(wrong)
-
-
-def test_what_was_tuned_serves_on_the_command_line(tiny: Make, tmp_path: Path) -> None:
-    """The shadows beside the thresholds are found; where they are missing, it says so."""
-    from moyu_ext.cli.common import build_method
-
-    model = tiny("llama")
-    shadows = Shadows.fit(model, 2, max_tokens=100, progress=False)
-    method = QRIDA(shadows=shadows)
-    thresholds = moyu_ext.calibrate(model, Letters(), cett=0.3, method=method, max_tokens=200)
-    assert thresholds.shadows == shadows.key
-    thresholds.save_pretrained(tmp_path)
-    with pytest.raises(ConfigurationError, match=r"found with fitted shadows, and .* not beside"):
-        build_method(None, thresholds=tmp_path)
-    shadows.save_pretrained(tmp_path)
-    made = build_method(None, thresholds=tmp_path)
-    assert isinstance(made, QRIDA) and made.shadows is not None
-    moyu_ext.patch(model, made)
-    with pytest.raises(ConfigurationError, match="score is 'shadow'"):
-        build_method("tda", thresholds=tmp_path)
+        tune(tiny("llama").train(), **SMALL)
+    with pytest.raises(ConfigurationError, match="pass texts"):
+        tune(tiny("llama", bos_token_id=None, eos_token_id=None), **SMALL)
 
 
 @pytest.mark.slow
-def test_command_line(tiny: Make, tmp_path: Path) -> None:
+def test_command_line(tmp_path: Path) -> None:
     from moyu_ext.cli import app
     from typer.testing import CliRunner
 
     out = tmp_path / "tuned"
-    arguments = ["tune", "stories_silu", "--out", str(out), "--max-perplexity-increase", "5%"]
-    arguments += ["--max-tokens", "2048", "--json", str(tmp_path / "t.json"), "--router-bits", "2"]
+    arguments = ["tune", "stories_silu", "--out", str(out), "--budget", "5%"]
+    arguments += ["--max-tokens", "2304", "--json", str(tmp_path / "t.json")]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
-    assert (out / "frontier.png").stat().st_size > 5000
-    assert json.loads((tmp_path / "t.json").read_text())["increase"] <= 0.05
-    assert Thresholds.from_pretrained(out).method == "qrida"
-    then = ["generate", "stories_silu", "-p", "One day", "--thresholds", str(out)]
-    result = CliRunner().invoke(app, [*then, "--max-new-tokens", "4"])
-    assert result.exit_code == 0 and "QRIDA(thresholds=<6 layers" in result.output, result.output
+    assert (out / "layers.png").stat().st_size > 5000
+    assert json.loads((tmp_path / "t.json").read_text())["kl"] <= math.log(1.05)
+    then = ["generate", "stories_silu", "-p", "One day", "--max-new-tokens", "4"]
+    result = CliRunner().invoke(app, [*then, "--tuned", str(out)])
+    assert result.exit_code == 0, result.output
+    result = CliRunner().invoke(app, [*then, "--tuned", str(out), "--budget", "1%"])
+    assert result.exit_code == 2 and "give one of them" in result.output
+    result = CliRunner().invoke(app, [*then, "--budget", "none"])
+    assert result.exit_code == 2 and "budget is 'none'" in result.output

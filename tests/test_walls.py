@@ -169,7 +169,7 @@ def imports(path: Path) -> set[str]:
 
 # From the ground up: a file imports lower floors or its own room, also inside functions.
 FLOORS = (
-    ("errors", "_files", "_progress", "reference"),
+    ("errors", "_cpu", "_files", "_progress", "reference"),
     ("_artifact", "_load", "embedded"),
     ("ops", "routers"),
     ("packing",),

@@ -29,37 +29,56 @@ inline uint32_t kth_order(const float* scores, int64_t f, int64_t k, uint32_t* s
   return kth;
 }
 
-// Marks row's set in mask; returns its size.
-inline int32_t mark_row(const float* scores, int64_t f, const float* epsilon, int64_t k,
-                        uint32_t* scratch, uint8_t* mask) {
-  if (epsilon) {
-    int32_t active = 0;
-    for (int64_t i = 0; i < f; ++i) active += mask[i] = !(scores[i] < *epsilon);
-    return active;
-  }
-  if (k <= 0) {
-    std::fill(mask, mask + f, uint8_t(0));
-    return 0;
-  }
+// Adds 1 to the mask of the k neurons with the largest scores.
+inline void mark_top(const float* scores, int64_t f, int64_t k, uint32_t* scratch, uint8_t* mask) {
+  if (k <= 0) return;
   int64_t ties = 0;
   const uint32_t kth = kth_order(scores, f, k, scratch, &ties);
   for (int64_t i = 0; i < f; ++i) {
     const uint32_t order = order_of(scores[i]);
     const bool tie = order == kth && ties > 0;
     ties -= tie;
-    mask[i] = order > kth || tie;
+    mask[i] = static_cast<uint8_t>(mask[i] + (order > kth || tie));
   }
-  return static_cast<int32_t>(k);
 }
 
-// indices = ascending neurons that are active in some row; returns how many.
-inline int32_t unite(const uint8_t* mask, int64_t rows, int64_t f, int32_t* indices) {
-  int32_t n = 0;
+// Marks a row's tiers in mask by its scores, whose signs do not matter.
+inline void mark_row(const float* scores, int64_t f, const Tiers& tiers, uint32_t* scratch,
+                     uint8_t* mask) {
+  if (tiers.epsilon) {
+    for (int64_t i = 0; i < f; ++i)
+      mask[i] = std::fabs(scores[i]) < *tiers.epsilon ? uint8_t(0) : kExact;
+    return;
+  }
+  std::fill(mask, mask + f, uint8_t(0));
+  mark_top(scores, f, tiers.exact, scratch, mask);
+  mark_top(scores, f, tiers.exact + tiers.estimated, scratch, mask);
+}
+
+struct Counts {
+  int32_t exact = 0, estimated = 0;
+};
+
+inline Counts count_row(const uint8_t* mask, int64_t f) {
+  Counts n;
   for (int64_t i = 0; i < f; ++i) {
-    uint8_t any = 0;
-    for (int64_t r = 0; r < rows; ++r) any |= mask[r * f + i];
-    indices[n] = static_cast<int32_t>(i);
-    n += any;
+    n.exact += mask[i] == kExact;
+    n.estimated += mask[i] == kEstimated;
+  }
+  return n;
+}
+
+// exact = ascending neurons that some row computes exactly, estimated = those that others only
+// estimate.
+inline Counts unite(const uint8_t* mask, int64_t rows, int64_t f, int32_t* exact,
+                    int32_t* estimated) {
+  Counts n;
+  for (int64_t i = 0; i < f; ++i) {
+    uint8_t most = 0;
+    for (int64_t r = 0; r < rows; ++r) most = std::max(most, mask[r * f + i]);
+    exact[n.exact] = estimated[n.estimated] = static_cast<int32_t>(i);
+    n.exact += most == kExact;
+    n.estimated += most == kEstimated;
   }
   return n;
 }

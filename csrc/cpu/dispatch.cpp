@@ -89,9 +89,9 @@ void shadow_scores(const Mlp& mlp, const Shadow& shadow, float* scores, float* w
   current()->shadow_scores(mlp, shadow, scores, workspace);
 }
 
-void shadow_mlp(const Mlp& mlp, const Shadow& shadow, const float* epsilon, int64_t k,
-                int32_t* counts, float* workspace) {
-  current()->shadow_mlp(mlp, shadow, epsilon, k, counts, workspace);
+void shadow_mlp(const Mlp& mlp, const Shadow& shadow, const Tiers& tiers, int32_t* counts,
+                float* workspace) {
+  current()->shadow_mlp(mlp, shadow, tiers, counts, workspace);
 }
 
 void attend(const Attention& attention, const StepRows& step, const KeyValues& cache, float* hidden,

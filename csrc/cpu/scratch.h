@@ -51,7 +51,7 @@ inline int64_t input_floats(int64_t d) {
 
 class Scratch : public Carver {
  public:
-  // For rows of hidden size d; with a shadow also for the scores of its f neurons.
+  // For rows of hidden size d; with a shadow also for the scores and tiers of its f neurons.
   Scratch(float* base, int64_t rows, int64_t d, int64_t f = 0) : Carver(base) {
     const int64_t block = rows < kMaxRows ? rows : kMaxRows;
     input = take<float>(block * input_floats(d));
@@ -62,6 +62,7 @@ class Scratch : public Carver {
     mask = take<uint8_t>(block * f);
     orders = take<uint32_t>(f);
     indices = take<int32_t>(f);
+    estimated = take<int32_t>(f);
   }
 
   float* input;
@@ -70,7 +71,7 @@ class Scratch : public Carver {
   float* scores = nullptr;
   uint8_t* mask = nullptr;
   uint32_t* orders = nullptr;
-  int32_t* indices = nullptr;
+  int32_t *indices = nullptr, *estimated = nullptr;
 };
 
 // What `attend` keeps between its phases, for rows and their heads.

@@ -128,31 +128,69 @@ MOYU_INLINE float fast_exp(float exponent) {
   return exponent > 88.0f ? HUGE_VALF : p * power;
 }
 
-inline void activate_all(Activation kind, float* h, int64_t n) {
+// out[i] = act(h[i] + by * shift[i]); shift may be null where by is 0.
+inline void activate_all(Activation kind, const float* h, float by, const float* shift, int64_t n,
+                         float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = by == 0.0f ? h[i] : h[i] + by * shift[i];
   if (kind == Activation::kSilu) {
-    for (int64_t i = 0; i < n; ++i) h[i] = h[i] / (1.0f + fast_exp(-h[i]));
+    for (int64_t i = 0; i < n; ++i) out[i] = out[i] / (1.0f + fast_exp(-out[i]));
+  } else if (kind == Activation::kGeluTanh) {
+    for (int64_t i = 0; i < n; ++i) {
+      const float v = out[i];
+      out[i] = v / (1.0f + fast_exp(-1.59576912160573073f * (v + 0.044715f * v * v * v)));
+    }
   } else {
-    for (int64_t i = 0; i < n; ++i) h[i] = activate(kind, h[i]);
+    for (int64_t i = 0; i < n; ++i) out[i] = activate(kind, out[i]);
   }
 }
 
-// scores[r * f + i] for i in mine.
+constexpr uint8_t kEstimated = 1, kExact = 2;
+constexpr int64_t kScoreTile = 64;  // neurons whose activations are computed at once
+
+// Marks the tiers of n neurons by a price: h are the estimates of what the activation is taken of,
+// act their activations, u those of up where there is a gate; error, norms and mask are of these
+// neurons too.
+inline void mark_by_price(Activation kind, float price, const float* h, const float* act,
+                          const float* u, const float* error, const float* up_error,
+                          const float* norms, int64_t n, uint8_t* mask) {
+  float above[kScoreTile], below[kScoreTile];
+  activate_all(kind, h, 1.0f, error, n, above);
+  activate_all(kind, h, -1.0f, error, n, below);
+  const float more = u ? 2.0f : 1.0f;  // rows that an exact value takes beyond an estimate's
+  for (int64_t i = 0; i < n; ++i) {
+    const float c = norms[i] * norms[i], slope = 0.5f * (above[i] - below[i]);
+    float size = act[i] * act[i] * c, lost = slope * slope * c;
+    if (u) {
+      const float wide = up_error[i] * up_error[i];
+      lost = lost * (u[i] * u[i] + wide) + size * wide;
+      size *= u[i] * u[i];
+    }
+    // A NaN is exact, so that it reaches the output.
+    const bool estimate = size >= price;
+    const bool skip = size < price && size + lost < (1.0f + more) * price;
+    const bool keep = estimate && lost < more * price;
+    mask[i] = keep ? kEstimated : skip ? uint8_t(0) : kExact;
+  }
+}
+
+// scores[r * f + i] for i in mine, with the signs of the estimated a_i; with a price also the tiers
+// in mask.
 inline void score_part(const Mlp& mlp, const Shadow& shadow, const QuantizedInput& q, Range mine,
-                       float* scores) {
-  constexpr int64_t kTile = 64;  // the activation is computed for a tile at a time
+                       float* scores, const float* price = nullptr, uint8_t* mask = nullptr) {
   const int64_t blocks = q.blocks, f = mlp.f;
   const int64_t bytes = shadow_record_bytes(mlp.d, shadow.bits_gate, shadow.bits_up);
   const int64_t up_at = 32 * shadow.bits_gate * blocks;
   const int64_t scales_at = up_at + 32 * shadow.bits_up * blocks;
-  float g[kMaxRows][kTile], u[kMaxRows][kTile], estimate[kMaxRows];
-  for (int64_t begin = mine.begin; begin < mine.end; begin += kTile) {
-    const int64_t n = std::min(kTile, mine.end - begin);
+  const bool gated = shadow.bits_gate != 0;
+  float g[kMaxRows][kScoreTile], u[kMaxRows][kScoreTile], estimate[kMaxRows], act[kScoreTile];
+  for (int64_t begin = mine.begin; begin < mine.end; begin += kScoreTile) {
+    const int64_t n = std::min(kScoreTile, mine.end - begin);
     for (int64_t k = 0; k < n; ++k) {
       const uint8_t* record = shadow.records + (begin + k) * bytes;
       const Bf16* scales = reinterpret_cast<const Bf16*>(record + scales_at);
       const int64_t ahead = kRecordsAhead * bytes;
       for (int64_t at = scales_at; at < bytes; at += 64) prefetch(record + ahead + at);
-      if (shadow.bits_gate) {
+      if (gated) {
         shadow_dot(shadow.bits_gate, record, scales, ahead, q, estimate);
         const float bias = bias_at(mlp.dtype, mlp.gate_bias, begin + k);
         for (int64_t r = 0; r < q.rows; ++r) g[r][k] = estimate[r] + bias;
@@ -165,13 +203,14 @@ inline void score_part(const Mlp& mlp, const Shadow& shadow, const QuantizedInpu
     for (int64_t r = 0; r < q.rows; ++r) {
       float* out = scores + r * f + begin;
       const float* norms = shadow.norms + begin;
-      if (shadow.bits_gate) {
-        activate_all(mlp.activation, g[r], n);
-        for (int64_t k = 0; k < n; ++k) out[k] = std::fabs(g[r][k] * u[r][k]) * norms[k];
-      } else {
-        activate_all(mlp.activation, u[r], n);
-        for (int64_t k = 0; k < n; ++k) out[k] = std::fabs(u[r][k]) * norms[k];
-      }
+      const float* h = gated ? g[r] : u[r];
+      activate_all(mlp.activation, h, 0.0f, nullptr, n, act);
+      for (int64_t k = 0; k < n; ++k) out[k] = (gated ? act[k] * u[r][k] : act[k]) * norms[k];
+      if (!price) continue;
+      const float* up_error = shadow.up_error + begin;
+      const float* error = gated ? shadow.gate_error + begin : up_error;
+      mark_by_price(mlp.activation, *price, h, act, gated ? u[r] : nullptr, error, up_error, norms,
+                    n, mask + r * f + begin);
     }
   }
 }
@@ -183,7 +222,14 @@ void shadow_scores(const Mlp& mlp, const Shadow& shadow, float* scores, float* w
     const int64_t rows = std::min(kMaxRows, mlp.rows - first);
     const QuantizedInput q = quantize_input(mlp.dtype, at(mlp.dtype, mlp.x, first * mlp.d), rows,
                                             mlp.d, scratch.shadow_input);
+    float* const out = scores + first * mlp.f;
 #pragma omp parallel num_threads(threads_for(bytes))
-    score_part(mlp, shadow, q, split(mlp.f, thread_id(), team_size()), scores + first * mlp.f);
+    {
+      const Range mine = split(mlp.f, thread_id(), team_size());
+      score_part(mlp, shadow, q, mine, out);
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t i = mine.begin; i < mine.end; ++i)
+          out[r * mlp.f + i] = std::fabs(out[r * mlp.f + i]);
+    }
   }
 }

@@ -36,11 +36,19 @@ MOYU_INLINE void neuron_activation(const Matrices<Rows>& m, int64_t i, int64_t s
   }
 }
 
+// What a row gets of the neurons that are not in its set: nothing.
+struct NoRest {
+  bool in_set(uint8_t mask) const { return mask != 0; }
+  float value(int64_t, int64_t) const { return 0.0f; }
+  template <class Rows>
+  void add(const Matrices<Rows>&, int, int, float*) const {}
+};
+
 // One thread's part of the MLP of m's rows over a set, whose mask is of these rows; every thread of
 // the team calls it with the same arguments. accumulators: rows * d floats per thread.
-template <class Rows>
+template <class Rows, class Rest = NoRest>
 inline void given_part(const Matrices<Rows>& m, int64_t first, const ActiveSet& set, int64_t count,
-                       float* accumulators) {
+                       float* accumulators, const Rest& rest = {}) {
   const Mlp& mlp = m.mlp;
   const int64_t d = m.d;
   const int parts = team_size(), part = thread_id();
@@ -57,11 +65,12 @@ inline void given_part(const Matrices<Rows>& m, int64_t first, const ActiveSet& 
       neuron_activation<true>(m, i, neuron(std::min(k + j + 2, mine.end - 1)), aj);
       if (set.mask)
         for (int64_t r = 0; r < m.rows; ++r)
-          if (!set.mask[r * mlp.f + i]) aj[r] = 0.0f;
+          if (!rest.in_set(set.mask[r * mlp.f + i])) aj[r] = rest.value(r, i);
     }
     const auto in_group = [&](int64_t j) { return neuron(k + j); };
     m.down_t.template accumulate<false>(in_group, n, a, m.rows, acc);
   }
+  rest.add(m, part, parts, acc);
 #pragma omp barrier
   reduce(accumulators, parts, m.rows, d, split(d, part, parts, 16), mlp.dtype, mlp.down_bias,
          at(mlp.dtype, mlp.out, first * d));

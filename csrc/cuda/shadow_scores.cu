@@ -295,9 +295,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
         } else {
           a = activate(p.activation, up);
         }
-        const float score = fabsf(a) * p.norms[neuron];
+        const float norm = p.norms[neuron], score = fabsf(a) * norm;
         active = !(score < epsilon);
-        if (out.scores != nullptr) out.scores[r * p.f + neuron] = score;
+        if (out.scores != nullptr) out.scores[r * p.f + neuron] = out.signs ? a * norm : score;
       }
       s.active[j][r] = active;
     }
@@ -321,8 +321,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   }
   if (out.epsilon == nullptr) return;
   if (threadIdx.x == 0) out.piece_counts[blockIdx.x] = kept;
-  if (row_counted >= 0 && row_counted < p.rows)
+  if (row_counted >= 0 && row_counted < p.rows) {
     out.block_counts[blockIdx.x * kMaxRows + row_counted] = my_count;
+    if (blockIdx.x == 0) out.estimated[row_counted] = 0;
+  }
 }
 
 template <typename T>

@@ -17,14 +17,16 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
+    from .calibration.budget import patch
     from .calibration.calibrate import calibrate
     from .calibration.split_experts import split_experts
     from .calibration.thresholds import Thresholds
     from .calibration.train_router import train_router
     from .calibration.tune import tune
+    from .calibration.tuned import Tuned
     from .evaluation.perplexity import generation_perplexity
-    from .methods import QRIDA, RIDA, RODA, SRIDA, STDA, TDA, Dense, OnlineRODA
-    from .patching.patch import patch, report, scoring, unpatch
+    from .methods import QRIDA, RIDA, RODA, SRIDA, STDA, TDA, Dense, Lossless, OnlineRODA
+    from .patching.patch import report, scoring, unpatch
     from .routers.experts import Experts
     from .routers.router import Router
     from .shadow.store import Shadows
@@ -33,6 +35,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Dense": ".methods",
+    "Lossless": ".methods",
+    "Tuned": ".calibration.tuned",
     "PackConfig": ".integrations.quantizer",
     "Experts": ".routers.experts",
     "OnlineRODA": ".methods",
@@ -49,7 +53,7 @@ _HOMES = {
     "generation_perplexity": ".evaluation.perplexity",
     "load": ".integrations.load",
     "pack": ".models.packed",
-    "patch": ".patching.patch",
+    "patch": ".calibration.budget",
     "report": ".patching.patch",
     "scoring": ".patching.patch",
     "split_experts": ".calibration.split_experts",
@@ -70,6 +74,7 @@ __all__ = [
     "Dense",
     "Experts",
     "ExtensionError",
+    "Lossless",
     "MoyuError",
     "OnlineRODA",
     "PackConfig",
@@ -77,6 +82,7 @@ __all__ = [
     "Router",
     "Shadows",
     "Thresholds",
+    "Tuned",
     "UnsupportedModelError",
     "calibrate",
     "generation_perplexity",

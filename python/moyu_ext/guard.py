@@ -83,8 +83,16 @@ class LayerGuard:
         """Count `rows` tokens for which it waits."""
         self._seen += rows
 
-    def measure(self, x: Tensor, weights: MlpWeights, norms: Tensor, active: Tensor) -> None:
-        """Add one token: x [1, d], column norms [f], what the router chose bool [1, f]."""
+    def measure(
+        self,
+        x: Tensor,
+        weights: MlpWeights,
+        norms: Tensor,
+        active: Tensor,
+        rest: Tensor | None = None,
+    ) -> None:
+        """Add one token: x [1, d], column norms [f], what the router chose bool [1, f], and the
+        activations of which the others keep an estimate, float32 [1, f] (None: of none)."""
         act = ACTIVATIONS[weights.activation]
         with torch.no_grad():
             a = ops.gather_gemv(x, weights.up, None, None, weights.up_bias)
@@ -92,7 +100,10 @@ class LayerGuard:
                 a = act(a)
             else:
                 a = a * act(ops.gather_gemv(x, weights.gate, None, None, weights.gate_bias))
-            both = torch.cat([a.masked_fill(active, 0.0), a])  # one pass over W_down for the two
+            missing = a if rest is None else a - rest
+            both = torch.cat(
+                [missing.masked_fill(active, 0.0), a]
+            )  # one pass over W_down for the two
             columns = None if weights.packed is None else weights.d
             outputs = ops.gather_gemv_t(both, weights.down_t, self._place, self._f, columns=columns)
             dropped, total = torch.linalg.vector_norm(outputs.float(), dim=-1)

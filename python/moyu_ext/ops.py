@@ -167,10 +167,13 @@ def _(
     down_bias: Tensor | None,
     shadow: Tensor,
     norms: Tensor,
+    inverse: Tensor | None,
+    errors: Tensor | None,
     epsilon: Tensor | None,
     k: int,
+    estimated: int,
     bits_gate: int,
     bits_up: int,
     activation: str,
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty(x.numel() // x.shape[-1], dtype=torch.int32)
+    return torch.empty_like(x), x.new_empty((2, x.numel() // x.shape[-1]), dtype=torch.int32)

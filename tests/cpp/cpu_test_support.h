@@ -262,16 +262,18 @@ struct Problem {
            (up_bias.empty() ? "" : " biased");
   }
 
-  // sum over the active i of a_i(x) down_i + bias, [rows, d]; active: [rows, f].
-  std::vector<Exact> output(const std::vector<bool>& active) const {
+  // sum over the active i of a_i(x) down_i + bias, [rows, d]; active: [rows, f]. rest: the values
+  // of a_i in the place of those not active, [rows, f], or none.
+  std::vector<Exact> output(const std::vector<bool>& active,
+                            const std::vector<Exact>& rest = {}) const {
     std::vector<Exact> out;
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t c = 0; c < d; ++c) {
         Sum sum;
         for (int64_t i = 0; i < f; ++i) {
-          if (!active[r * f + i]) continue;
+          if (!active[r * f + i] && rest.empty()) continue;
           const double w = value_of(down_t[i * d + c]);
-          const Exact& a = products[r * f + i];
+          const Exact& a = active[r * f + i] ? products[r * f + i] : rest[r * f + i];
           sum.add(a.value * w, a.error * w);
         }
         if (!down_bias.empty()) sum.add(value_of(down_bias[c]));

@@ -1,8 +1,8 @@
 // The low-bit shadow on CUDA: codes are packed here by the words of moyu.h, estimates compared with
-// float64 on the unpacked ones, and the MLP checked over the neurons that its scores name.
+// float64 on the unpacked ones, and the MLP checked in the tiers that its scores name.
 #pragma once
 
-#include "cuda_test_support.h"
+#include "cuda_packed_tests.h"
 
 namespace test {
 
@@ -58,8 +58,8 @@ struct Estimate {
 };
 
 // One matrix times x [rows, d], [rows, f]: x in int8 per block, then exact.
-template <typename T>
-std::vector<Estimate> estimates(const Quantised& q, const Problem<T>& p,
+template <typename T, typename W>
+std::vector<Estimate> estimates(const Quantised& q, const Problem<T, W>& p,
                                 const std::vector<T>& bias) {
   const int64_t blocks = moyu::shadow_blocks(p.d);
   std::vector<Estimate> out;
@@ -101,24 +101,46 @@ inline Estimate activated(moyu::Activation kind, const Estimate& e) {
                      8 * 0x1p-24 * (std::fabs(e.value) + e.error)};  // 1 + erf(h) cancels
 }
 
-// Everything that the two operators take.
-template <typename T>
+// What a row gets of a neuron.
+enum class Tier { kNothing, kEstimated, kExact };
+
+// Everything that the two operators take. The inverse is not that of the norms: so it shows.
+template <typename T, typename W = T>
 struct ShadowProblem {
-  Problem<T> p;
+  Problem<T, W> p;
   Quantised gate, up;
-  std::vector<float> norms;
-  OnDevice<T> device;
+  std::vector<float> norms, inverse;
+  OnDevice<T, W> device;
   Buffer<uint8_t> records;
-  Buffer<float> device_norms, workspace;
+  Buffer<float> device_norms, device_inverse, workspace;
   Buffer<int32_t> counts;
   moyu::Shadow shadow;
+  double part = 4e-6;  // of check_sum
 
-  ShadowProblem(const Problem<T>& problem, int bits_gate, int bits_up)
-      : p(problem), gate(p.gated ? draw_codes(p.f, p.d, bits_gate) : Quantised{}),
-        up(draw_codes(p.f, p.d, bits_up)), norms(positive(p.f)), device(p),
-        records(pack_records(gate, up, p.d, p.f)), device_norms(norms),
-        workspace(moyu::cuda::shadow_workspace_floats(p.rows, p.d, p.f)), counts(p.rows),
-        shadow{records.data(), device_norms.data(), gate.bits, up.bits} {}
+  // same: neurons with the shadow and the norm of neuron 0.
+  ShadowProblem(const Problem<T, W>& problem, int bits_gate, int bits_up,
+                const std::vector<int64_t>& same = {})
+      : p(problem), gate(p.gated ? alike(draw_codes(p.f, p.d, bits_gate), p.f, same) : Quantised{}),
+        up(alike(draw_codes(p.f, p.d, bits_up), p.f, same)), norms(alike(positive(p.f), 1, same)),
+        inverse(positive(p.f)), device(p), records(pack_records(gate, up, p.d, p.f)),
+        device_norms(norms), device_inverse(inverse),
+        workspace(moyu::cuda::shadow_workspace_floats(p.rows, p.d, p.f)), counts(2 * p.rows) {
+    shadow.records = records.data();
+    shadow.norms = device_norms.data(), shadow.inverse = device_inverse.data();
+    shadow.bits_gate = gate.bits, shadow.bits_up = up.bits;
+  }
+
+  template <typename Value>
+  static std::vector<Value> alike(std::vector<Value> v, int64_t each,
+                                  const std::vector<int64_t>& same) {
+    for (int64_t i : same) std::copy_n(v.begin(), each, v.begin() + i * each);
+    return v;
+  }
+  static Quantised alike(const Quantised& q, int64_t f, const std::vector<int64_t>& same) {
+    const auto of_each = [&](const auto& v) { return static_cast<int64_t>(v.size()) / f; };
+    return {q.bits, alike(q.codes, of_each(q.codes), same),
+            alike(q.scales, of_each(q.scales), same)};
+  }
 
   static std::vector<float> positive(int64_t f) {
     std::vector<float> out;
@@ -141,52 +163,65 @@ struct ShadowProblem {
     });
   }
 
-  void check_scores(const std::vector<float>& got) const {
-    const auto u = estimates(up, p, p.up_bias);
-    auto expected = u;
+  // With their signs, [rows, f].
+  std::vector<Estimate> expected_scores() const {
+    auto out = estimates(up, p, p.up_bias);
     if (p.gated) {
       const auto g = estimates(gate, p, p.gate_bias);
-      for (size_t k = 0; k < u.size(); ++k) {
-        const Estimate a = activated(p.activation, g[k]);
-        expected[k] = {a.value * u[k].value, a.error * (std::fabs(u[k].value) + u[k].error) +
-                                                 u[k].error * std::fabs(a.value)};
+      for (size_t k = 0; k < out.size(); ++k) {
+        const Estimate a = activated(p.activation, g[k]), u = out[k];
+        out[k] = {a.value * u.value,
+                  a.error * (std::fabs(u.value) + u.error) + u.error * std::fabs(a.value)};
       }
     } else {
-      for (Estimate& e : expected) e = activated(p.activation, e);
+      for (Estimate& e : out) e = activated(p.activation, e);
     }
+    for (size_t k = 0; k < out.size(); ++k) {
+      const double c = norms[k % p.f], value = out[k].value * c;
+      out[k] = {value, out[k].error * c + 4 * 0x1p-24 * std::fabs(value)};
+    }
+    return out;
+  }
+
+  void check_scores(const std::vector<float>& got) const {
+    const auto expected = expected_scores();
     double worst = 0;
     for (size_t k = 0; k < got.size(); ++k) {
-      const double c = norms[k % p.f], right = std::fabs(expected[k].value) * c;
       const double error =
-          std::fabs(got[k] - right) / (expected[k].error * c + 4 * 0x1p-24 * right + 1e-30);
+          std::fabs(got[k] - std::fabs(expected[k].value)) / (expected[k].error + 1e-30);
       worst = std::isnan(error) ? INFINITY : std::max(worst, error);
     }
     check(worst <= 1, text() + " scores: error " + std::to_string(worst) + " times the allowed");
   }
 
-  // The MLP with a threshold (epsilon not null) or the top k, against the active neurons.
-  void check_mlp(const std::vector<char>& active, const float* epsilon, int64_t k,
-                 const std::string& how) {
+  // The MLP with its neurons in these tiers, [rows, f].
+  void check_mlp(const std::vector<Tier>& of, const moyu::Tiers& tiers, const std::string& how) {
     const std::string what = text() + " " + how;
     const auto got = repeated(what, [&] {
-      moyu::cuda::shadow_mlp(device.mlp, shadow, epsilon, k, counts.data(), workspace.data(),
-                             nullptr);
+      moyu::cuda::shadow_mlp(device.mlp, shadow, tiers, counts.data(), workspace.data(), nullptr);
       workspace.read(what + " workspace");
       return device.out.read(what);
     });
-    std::vector<int32_t> wanted(p.rows, 0);
-    auto kept = p.activations();
-    for (size_t i = 0; i < kept.size(); ++i) {
-      wanted[i / p.f] += active[i];
-      if (!active[i]) kept[i] = 0;
+    std::vector<int32_t> wanted(2 * p.rows, 0);
+    auto a = p.activations();
+    std::vector<double> errors(a.size(), 0);
+    const auto estimated =
+        tiers.estimated > 0 ? expected_scores() : std::vector<Estimate>(a.size());
+    for (size_t k = 0; k < a.size(); ++k) {
+      wanted[k / p.f] += of[k] == Tier::kExact;
+      if (of[k] == Tier::kNothing) a[k] = 0;
+      if (of[k] != Tier::kEstimated) continue;
+      ++wanted[p.rows + k / p.f];
+      a[k] = estimated[k].value * inverse[k % p.f];
+      errors[k] = estimated[k].error * inverse[k % p.f] + 2 * 0x1p-24 * std::fabs(a[k]);
     }
     check(counts.read(what) == wanted, what + ": counts");
-    check_sum(got, kept, p.down_t, p.down_bias, p.rows, p.d, p.f, what);
+    check_sum(got, a, p.down_t, p.down_bias, p.rows, p.d, p.f, what, part, errors);
   }
 
-  // The k largest of each row, of equals the lower index; a NaN is the largest.
-  std::vector<char> top(const std::vector<float>& scores, int64_t k) const {
-    std::vector<char> active(scores.size(), 0);
+  // The largest scores of each row, of equals the lower index first; a NaN is the largest.
+  void check_top(const std::vector<float>& scores, int64_t exact, int64_t estimated) {
+    std::vector<Tier> of(scores.size(), Tier::kNothing);
     for (int64_t r = 0; r < p.rows; ++r) {
       std::vector<int64_t> order(p.f);
       for (int64_t i = 0; i < p.f; ++i) order[i] = i;
@@ -194,27 +229,38 @@ struct ShadowProblem {
       std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
         return std::isnan(mine[a]) ? !std::isnan(mine[b]) : mine[a] > mine[b];
       });
-      for (int64_t n = 0; n < k; ++n) active[r * p.f + order[n]] = 1;
+      for (int64_t n = 0; n < exact + estimated; ++n)
+        of[r * p.f + order[n]] = n < exact ? Tier::kExact : Tier::kEstimated;
     }
-    return active;
+    check_mlp(of, {nullptr, exact, estimated},
+              "top " + std::to_string(exact) + " + " + std::to_string(estimated));
+  }
+
+  void check_tiers() {
+    const auto got = scores();
+    const int64_t third = (p.f + 2) / 3;
+    check_top(got, third, third / 2);
+    check_top(got, third, p.f - third);
+    check_top(got, 0, p.f);
   }
 
   // edges: also nobody and everybody.
   void check_all(bool edges) {
     const auto got = scores();
     check_scores(got);
-    std::vector<int64_t> ks = {(p.f + 2) / 3};
+    const int64_t third = (p.f + 2) / 3;
+    std::vector<std::pair<int64_t, int64_t>> tops = {{third, 0}, {third, (p.f - third + 1) / 2}};
     std::vector<float> epsilons = {got[random_bits() % got.size()]};
     if (edges) {
-      ks.insert(ks.end(), {0, p.f});
+      tops.insert(tops.end(), {{0, 0}, {p.f, 0}, {0, 1}});
       epsilons.insert(epsilons.end(), {0.0f, INFINITY});
     }
-    for (int64_t k : ks) check_mlp(top(got, k), nullptr, k, "top " + std::to_string(k));
+    for (const auto& [exact, estimated] : tops) check_top(got, exact, estimated);
     for (float epsilon : epsilons) {
-      std::vector<char> active;
-      for (float v : got) active.push_back(!(v < epsilon));
+      std::vector<Tier> of;
+      for (float v : got) of.push_back(v < epsilon ? Tier::kNothing : Tier::kExact);
       const Buffer<float> on_device(std::vector<float>{epsilon});
-      check_mlp(active, on_device.data(), 0, "epsilon " + std::to_string(epsilon));
+      check_mlp(of, {on_device.data(), 0, 0}, "epsilon " + std::to_string(epsilon));
     }
   }
 };
@@ -224,27 +270,78 @@ void shadow_case(const Problem<T>& p, int bits_gate, int bits_up, bool edges = f
   ShadowProblem<T>(p, bits_gate, bits_up).check_all(edges);
 }
 
-// Many equal scores: records of all neurons are the same, or the estimates are all 0.
+// Many equal scores: all but every third neuron have the same shadow, or the estimates are all 0.
 inline void test_shadow_ties() {
   for (int64_t rows : {1, 3}) {
     for (bool zeros : {false, true}) {
       const Problem<float> p(rows, 64, 331, true, false,
                              zeros ? moyu::Activation::kRelu : moyu::Activation::kSilu);
-      ShadowProblem<float> s(p, 2, 2);
-      const int64_t size = moyu::shadow_record_bytes(p.d, 2, 2);
-      auto bytes = s.records.read("records");
-      for (int64_t i = 1; i < p.f; ++i)  // every third neuron has a record of its own
-        if (i % 3 != 0 || zeros) std::copy_n(bytes.begin(), size, bytes.begin() + i * size);
-      if (zeros) std::fill(bytes.begin(), bytes.end(), uint8_t{0});
-      const Buffer<uint8_t> records(bytes);
-      const Buffer<float> norms(std::vector<float>(p.f, 1.0f));
-      s.shadow.records = records.data();
-      s.shadow.norms = norms.data();
+      std::vector<int64_t> same;
+      for (int64_t i = 1; i < p.f; ++i)
+        if (i % 3 != 0) same.push_back(i);
+      ShadowProblem<float> s(p, 2, 2, same);
+      const Buffer<uint8_t> nothing(
+          std::vector<uint8_t>(p.f * moyu::shadow_record_bytes(p.d, 2, 2), 0));
+      if (zeros) {
+        for (auto* q : {&s.gate, &s.up})
+          q->scales.assign(q->scales.size(), rounded<__nv_bfloat16>(0));
+        s.shadow.records = nothing.data();
+      }
       const auto got = s.scores();
-      for (int64_t k : {1, 110, 111, 330})
-        s.check_mlp(s.top(got, k), nullptr, k, zeros ? "all zero" : "ties");
+      for (int64_t k : {1, 110, 111, 330}) s.check_top(got, k, 0);
+      for (int64_t exact : {0, 110})
+        for (int64_t estimated : {1, 131}) s.check_top(got, exact, estimated);
     }
   }
+}
+
+// Of neurons that are only estimated gate and up are not read: they are not there.
+inline void test_shadow_reads_of_down_alone() {
+  constexpr int64_t kExact = 9;
+  for (int64_t rows : {1, 3}) {
+    const Problem<float> p(rows, 64, 43);
+    ShadowProblem<float> s(p, 2, 2);
+    for (int64_t i = 0; i < kExact; ++i) s.norms[i] *= 1e6f;  // the largest scores
+    const auto first = [&](const std::vector<float>& weight) {
+      return std::vector<float>(weight.begin(), weight.begin() + kExact * p.d);
+    };
+    const Buffer<float> norms(s.norms), gate(first(p.gate)), up(first(p.up));
+    s.shadow.norms = norms.data();
+    s.device.mlp.gate = gate.data(), s.device.mlp.up = up.data();
+    s.check_top(s.scores(), kExact, 20);
+  }
+}
+
+template <typename T>
+void packed_tiers_case(int64_t rows, int64_t d, int64_t f, const PackedFormats& formats,
+                       bool gated) {
+  const double deviation = 1 / std::sqrt(static_cast<double>(d));
+  const Packed gate(f, d, formats.in_bits, formats.in_group, deviation);
+  const Packed up(f, d, formats.in_bits, formats.in_group, deviation);
+  const Packed down(f, d, formats.down_bits, formats.down_group, deviation);
+  Problem<T, float> p(rows, d, f, gated, true);
+  p.up = up.values, p.down_t = down.values;
+  if (gated) p.gate = gate.values;
+  ShadowProblem<T, float> s(p, 2, 2);
+  const Buffer<uint8_t> gate_bytes(gate.bytes), up_bytes(up.bytes), down_bytes(down.bytes);
+  if (gated) s.device.mlp.gate = {gate_bytes.data(), gate.bits, gate.group};
+  s.device.mlp.up = {up_bytes.data(), up.bits, up.group};
+  s.device.mlp.down_t = {down_bytes.data(), down.bits, down.group};
+  s.part = 4e-5 + 4 * std::max(gate.allowed(), up.allowed()) * deviation;
+  s.check_tiers();
+}
+
+template <typename T>
+void test_shadow_tiers() {
+  for (int64_t rows : {1, 2, 8, 11})
+    for (bool gated : {true, false})
+      ShadowProblem<T>(Problem<T>(rows, 64, 43, gated, rows == 8), 2, 2).check_tiers();
+  ShadowProblem<T>(Problem<T>(4, 19, 60), 3, 2).check_tiers();
+  packed_tiers_case<T>(1, 64, 43, {4, 64, 4, 64}, true);
+  packed_tiers_case<T>(1, 111, 19, {8, 32, 8, 32}, false);
+  packed_tiers_case<T>(2, 64, 43, {4, 32, 8, 32}, false);
+  packed_tiers_case<T>(8, 64, 19, {8, 64, 4, 64}, true);
+  packed_tiers_case<T>(11, 64, 19, {4, 64, 4, 32}, true);
 }
 
 // A row whose input is not finite: every estimate is NaN, so every neuron counts as active.
@@ -257,12 +354,20 @@ inline void test_shadow_nan() {
   for (int64_t i = 0; i < p.f; ++i) good &= std::isnan(got[i]) && !std::isnan(got[p.f + i]);
   check(good, "shadow: an infinite input makes its row's scores NaN");
   const Buffer<float> epsilon(std::vector<float>{1e30f});
-  moyu::cuda::shadow_mlp(s.device.mlp, s.shadow, epsilon.data(), 0, s.counts.data(),
-                         s.workspace.data(), nullptr);
-  check(s.counts.read("NaN") == std::vector<int32_t>{43, 0}, "shadow: NaN scores are active");
-  moyu::cuda::shadow_mlp(s.device.mlp, s.shadow, nullptr, 7, s.counts.data(), s.workspace.data(),
-                         nullptr);
-  check(s.counts.read("NaN") == std::vector<int32_t>{7, 7}, "shadow: the top k of NaN scores");
+  const auto run = [&](const moyu::Tiers& tiers) {
+    moyu::cuda::shadow_mlp(s.device.mlp, s.shadow, tiers, s.counts.data(), s.workspace.data(),
+                           nullptr);
+  };
+  run({epsilon.data(), 0, 0});
+  check(s.counts.read("NaN") == std::vector<int32_t>{43, 0, 0, 0}, "shadow: NaN scores are active");
+  run({nullptr, 7, 0});
+  check(s.counts.read("NaN") == std::vector<int32_t>{7, 7, 0, 0},
+        "shadow: the top k of NaN scores");
+  run({nullptr, 0, 1});
+  const auto out = s.device.out.read("NaN");
+  good = s.counts.read("NaN") == std::vector<int32_t>{0, 0, 1, 1};
+  for (int64_t c = 0; c < p.d; ++c) good &= std::isnan(out[c]) && !std::isnan(out[p.d + c]);
+  check(good, "shadow: a NaN estimate reaches its row's output and no other");
 }
 
 // Inputs so small that the step is subnormal must not leave int8.
@@ -289,7 +394,11 @@ inline void test_shadow() {
   shadow_case(Problem<__half>(1, 2312, 19), 2, 2);  // several steps of a warp along d
   shadow_case(Problem<__half>(1, 16, 2200), 2, 2);  // several tiles of a block
   shadow_case(Problem<__half>(3, 16, 1100), 4, 2);
+  test_shadow_tiers<float>();
+  test_shadow_tiers<__half>();
+  test_shadow_tiers<__nv_bfloat16>();
   test_shadow_ties();
+  test_shadow_reads_of_down_alone();
   test_shadow_nan();
   test_shadow_subnormal();
 }

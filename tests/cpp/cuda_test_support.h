@@ -218,24 +218,27 @@ struct Problem {
 };
 
 // Compares out [rows, d] with sum over i of a[r, i] * weight_t[i] + bias, where a is 0 for neurons
-// that are off. Allowed: the rounding to T, and float32's error on sums of this size.
+// that are off. Allowed: the rounding to T, float32's error on sums of this size, and what a itself
+// may be off by: errors [rows, f] or empty.
 template <typename T, typename W>
 void check_sum(const std::vector<T>& out, const std::vector<double>& a,
                const std::vector<W>& weight_t, const std::vector<T>& bias, int64_t rows, int64_t d,
-               int64_t f, const std::string& what, double part = 4e-6) {
+               int64_t f, const std::string& what, double part = 4e-6,
+               const std::vector<double>& errors = {}) {
   double worst = 0;
   int64_t at = 0;
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0; c < d; ++c) {
-      double sum = bias.empty() ? 0 : value_of(bias[c]), squares = 0;
+      double sum = bias.empty() ? 0 : value_of(bias[c]), squares = 0, of_a = 0;
       for (int64_t i = 0; i < f; ++i) {
-        if (a[r * f + i] == 0) continue;
         const double w = value_of(weight_t[i * d + c]);
+        if (!errors.empty()) of_a += errors[r * f + i] * std::fabs(w);
+        if (a[r * f + i] == 0) continue;
         sum += a[r * f + i] * w;
         squares += (1 + a[r * f + i] * a[r * f + i]) * w * w;
       }
       const double allowed =
-          kUnit<T> * std::fabs(sum) * 1.001 + part * std::sqrt(squares) + 0x1p-25;
+          kUnit<T> * std::fabs(sum) * 1.001 + part * std::sqrt(squares) + of_a + 0x1p-25;
       const double error = std::fabs(value_of(out[r * d + c]) - sum) / allowed;
       if (std::isnan(worst) || error <= worst) continue;
       worst = error;  // also a NaN, which then stays
@@ -274,17 +277,18 @@ const T* or_null(const Buffer<T>& buffer, bool present) {
 }
 
 // A problem's tensors in device memory, and the descriptor that the launchers take.
-template <typename T>
+template <typename T, typename W = T>
 struct OnDevice {
-  Buffer<T> x, gate, up, down_t, gate_bias, up_bias, down_bias, out;
+  Buffer<T> x, gate_bias, up_bias, down_bias, out;
+  Buffer<W> gate, up, down_t;
   Buffer<float> workspace;
   moyu::Mlp mlp;
 
   // misaligned: of x, gate, up, down_t the one (1 to 4) that starts between two 16-byte words.
-  explicit OnDevice(const Problem<T>& p, int misaligned = 0)
-      : x(p.x, misaligned == 1), gate(p.gate, misaligned == 2), up(p.up, misaligned == 3),
-        down_t(p.down_t, misaligned == 4), gate_bias(p.gate_bias), up_bias(p.up_bias),
-        down_bias(p.down_bias), out(p.rows * p.d),
+  explicit OnDevice(const Problem<T, W>& p, int misaligned = 0)
+      : x(p.x, misaligned == 1), gate_bias(p.gate_bias), up_bias(p.up_bias), down_bias(p.down_bias),
+        out(p.rows * p.d), gate(p.gate, misaligned == 2), up(p.up, misaligned == 3),
+        down_t(p.down_t, misaligned == 4),
         workspace(moyu::cuda::workspace_floats(p.rows, p.d, p.f)) {
     mlp = {x.data(),
            or_null(gate, p.gated),

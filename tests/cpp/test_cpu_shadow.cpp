@@ -113,57 +113,118 @@ void shadow_case(int64_t rows, int64_t d, int64_t f, int bits_gate, int bits_up,
   for (float v : normal<float>(f, 1)) norms.push_back(0.5f + std::fabs(v));
   const Buffer<float> guarded_norms(norms), scores(rows * f);
   const Buffer<float> workspace(cpu::shadow_workspace_floats(rows, d, f));
-  const Buffer<int32_t> counts(rows);
-  const Shadow shadow{bytes.data(), guarded_norms.data(), bits_gate, bits_up};
+  const Buffer<int32_t> counts(2 * rows);
+  std::vector<float> factors;  // any: what is estimated is score * inverse, whatever that is
+  for (float v : normal<float>(f, 1)) factors.push_back(v);
+  const Buffer<float> inverse(factors);
+  const Shadow shadow{
+      bytes.data(), guarded_norms.data(), inverse.data(), nullptr, nullptr, bits_gate, bits_up};
 
   cpu::shadow_scores(a.mlp, shadow, scores.data(), workspace.data());
   const std::vector<float> got = scores.read(what + " shadow_scores");
   const auto up = estimates(records.up, p.x, p.up_bias, rows, d, f);
-  std::vector<Exact> expected;
+  std::vector<Exact> expected, values;  // values: what stands for a_i where it is estimated
+  const auto expect = [&](int64_t k, double a, double error) {
+    const double c = norms[k % f], s = factors[k % f];
+    expected.push_back({std::fabs(a) * c, c * (error + 16 * kUnit * std::fabs(a))});
+    values.push_back({a * c * s, c * std::fabs(s) * (error + 18 * kUnit * std::fabs(a))});
+  };
   if (bits_gate) {
     const auto gate = estimates(records.gate, p.x, p.gate_bias, rows, d, f);
     for (int64_t k = 0; k < rows * f; ++k) {
       const Exact g = activated(activation, gate[k]), &u = up[k];
-      const double c = norms[k % f];
-      expected.push_back({std::fabs(g.value * u.value) * c,
-                          c * (g.error * std::fabs(u.value) + u.error * std::fabs(g.value) +
-                               16 * kUnit * std::fabs(g.value * u.value))});
+      expect(k, g.value * u.value, g.error * std::fabs(u.value) + u.error * std::fabs(g.value));
     }
   } else {
     for (int64_t k = 0; k < rows * f; ++k) {
       const Exact u = activated(activation, up[k]);
-      const double c = norms[k % f];
-      expected.push_back({std::fabs(u.value) * c, c * (u.error + 16 * kUnit * std::fabs(u.value))});
+      expect(k, u.value, u.error);
     }
   }
   check_close(got, expected, what + " shadow_scores");
 
   // The sets follow from the scores as they came out; ties go to the lower index.
-  for (int64_t k : {int64_t(0), (f + 2) / 3, f}) {
+  for (const auto& [k, more] :
+       {std::pair{int64_t(0), int64_t(0)}, std::pair{(f + 2) / 3, int64_t(0)},
+        std::pair{f, int64_t(0)}, std::pair{(f + 4) / 5, (f + 1) / 3}, std::pair{int64_t(0), f},
+        std::pair{f / 2, f - f / 2}}) {
     std::vector<bool> active(rows * f, false);
+    std::vector<Exact> rest(rows * f, Exact{0, 0});
     for (int64_t r = 0; r < rows; ++r) {
       std::vector<int64_t> order(f);
       for (int64_t i = 0; i < f; ++i) order[i] = i;
       std::stable_sort(order.begin(), order.end(),
                        [&](int64_t i, int64_t j) { return got[r * f + i] > got[r * f + j]; });
       for (int64_t n = 0; n < k; ++n) active[r * f + order[n]] = true;
+      for (int64_t n = k; n < k + more; ++n) rest[r * f + order[n]] = values[r * f + order[n]];
     }
-    const std::string top = what + " shadow_mlp top " + std::to_string(k);
-    cpu::shadow_mlp(a.mlp, shadow, nullptr, k, counts.data(), workspace.data());
-    check(counts.read(top) == std::vector<int32_t>(rows, int32_t(k)), top + ": counts");
-    check_close(a.out.read(top), p.output(active), top);
+    const std::string top =
+        what + " shadow_mlp top " + std::to_string(k) + " and " + std::to_string(more);
+    cpu::shadow_mlp(a.mlp, shadow, {nullptr, k, more}, counts.data(), workspace.data());
+    std::vector<int32_t> sizes(2 * rows, int32_t(k));
+    std::fill(sizes.begin() + rows, sizes.end(), int32_t(more));
+    check(counts.read(top) == sizes, top + ": counts");
+    check_close(a.out.read(top), p.output(active, rest), top);
   }
   const float epsilon = got[random_bits() % got.size()];
   std::vector<bool> active;
-  std::vector<int32_t> wanted(rows, 0);
+  std::vector<int32_t> wanted(2 * rows, 0);
   for (int64_t k = 0; k < rows * f; ++k) {
     active.push_back(!(got[k] < epsilon));
     wanted[k / f] += active[k];
   }
   const Buffer<float> eps(std::vector<float>{epsilon});
-  cpu::shadow_mlp(a.mlp, shadow, eps.data(), 0, counts.data(), workspace.data());
+  cpu::shadow_mlp(a.mlp, shadow, {eps.data(), 0, 0}, counts.data(), workspace.data());
   check(counts.read(what) == wanted, what + " shadow_mlp threshold: counts");
   check_close(a.out.read(what), p.output(active), what + " shadow_mlp threshold");
+  // By price: at one that lies in the widest gap between those at which some neuron changes tiers.
+  std::vector<float> gate_errors, up_errors;
+  for (float v : normal<float>(f, 0.3)) gate_errors.push_back(std::fabs(v));
+  for (float v : normal<float>(f, 0.3)) up_errors.push_back(std::fabs(v));
+  const Buffer<float> gate_error(gate_errors), up_error(up_errors);
+  Shadow priced = shadow;
+  priced.gate_error = gate_error.data();
+  priced.up_error = up_error.data();
+  std::vector<Exact> gates = up;
+  if (bits_gate) gates = estimates(records.gate, p.x, p.gate_bias, rows, d, f);
+  const double more = bits_gate ? 2 : 1;
+  std::vector<double> sizes, losses, turns;
+  for (int64_t k = 0; k < rows * f; ++k) {
+    const double du = up_errors[k % f], dh = bits_gate ? gate_errors[k % f] : du,
+                 h = gates[k].value;
+    const double slope = 0.5 * (activated(activation, Exact{h + dh, 0}).value -
+                                activated(activation, Exact{h - dh, 0}).value);
+    const double act = activated(activation, gates[k]).value, c = norms[k % f];
+    double size = act * act, lost = slope * slope;
+    if (bits_gate) {
+      lost = lost * (up[k].value * up[k].value + du * du) + size * du * du;
+      size *= up[k].value * up[k].value;
+    }
+    sizes.push_back(size * c * c);
+    losses.push_back(lost * c * c);
+    for (double turn : {size, lost / more, (size + lost) / (1 + more)})
+      turns.push_back(turn * c * c);
+  }
+  std::sort(turns.begin(), turns.end());
+  size_t widest = turns.size() / 3;
+  for (size_t i = widest; i + 1 < turns.size() * 4 / 5; ++i)
+    if (turns[i + 1] * turns[widest] > turns[widest + 1] * turns[i]) widest = i;
+  const double price = std::sqrt(turns[widest] * turns[widest + 1]);
+  std::fill(active.begin(), active.end(), false);
+  std::fill(wanted.begin(), wanted.end(), 0);
+  std::vector<Exact> rest(rows * f, Exact{0, 0});
+  for (int64_t k = 0; k < rows * f; ++k) {
+    const bool known = sizes[k] >= price;
+    active[k] = known ? losses[k] >= more * price : sizes[k] + losses[k] >= (1 + more) * price;
+    if (known && !active[k]) rest[k] = values[k];
+    wanted[k / f] += active[k];
+    wanted[rows + k / f] += known && !active[k];
+  }
+  const Buffer<float> each(std::vector<float>{static_cast<float>(price)});
+  const std::string at = what + " shadow_mlp by price";
+  cpu::shadow_mlp(a.mlp, priced, {each.data(), 0, 0}, counts.data(), workspace.data());
+  check(counts.read(at) == wanted, at + ": counts");
+  check_close(a.out.read(at), p.output(active, rest), at);
   workspace.read(what + ": workspace");
 }
 
@@ -185,7 +246,8 @@ void special_case(const std::string& isa) {
   const Arguments<float> a(p);
   Mlp mlp = a.mlp;
   mlp.x = given.data();
-  cpu::shadow_scores(mlp, {bytes.data(), norms.data(), 2, 2}, scores.data(), workspace.data());
+  cpu::shadow_scores(mlp, {bytes.data(), norms.data(), nullptr, nullptr, nullptr, 2, 2},
+                     scores.data(), workspace.data());
   const auto got = scores.read(isa + " special");
   bool nan = true, large = true, small = true;
   const std::vector<float> middle(x.begin() + d, x.begin() + 2 * d);
@@ -204,10 +266,10 @@ void special_case(const std::string& isa) {
   check(nan, isa + " an infinity in x makes every estimate of its row a NaN");
   check(large && beyond > 0, isa + " gates whose exp would overflow");
   check(small, isa + " a subnormal step");
-  const Buffer<int32_t> counts(rows);
+  const Buffer<int32_t> counts(2 * rows);
   const Buffer<float> eps(std::vector<float>{1e30f});
-  cpu::shadow_mlp(mlp, {bytes.data(), norms.data(), 2, 2}, eps.data(), 0, counts.data(),
-                  workspace.data());
+  cpu::shadow_mlp(mlp, {bytes.data(), norms.data(), nullptr, nullptr, nullptr, 2, 2},
+                  {eps.data(), 0, 0}, counts.data(), workspace.data());
   check(counts.read(isa)[0] == f && counts.read(isa)[2] == 0, isa + " a NaN estimate is active");
 }
 

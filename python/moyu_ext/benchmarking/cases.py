@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import ops
 from ..errors import ConfigurationError
 from ..shadow.reference import choose
 from ..shadow.reference import shadow_scores as plain_scores
@@ -220,19 +219,16 @@ class ShadowMlp(Case):
 
     def scores(self, k: int) -> Tensor:
         """The operator's estimate of every neuron's norm, float32 [rows, f]."""
-        w, s = self.layers[k].weights, self.shadows[k]
-        return ops.shadow_scores(
-            self.x, s.data, self.norms[k], w.gate_bias, w.up_bias, s.gated,
-            s.bits_gate, s.bits_up, w.activation,
-        )  # fmt: skip
+        s = self.shadows[k]
+        bits = (s.bits_gate, s.bits_up)
+        return self.layers[k].weights.shadow_scores(self.x, s.data, bits, self.norms[k])
 
     def call(self, k: int) -> Tensor:
         """See `Case`."""
         w, s = self.layers[k].weights, self.shadows[k]
         bits = (s.bits_gate, s.bits_up)
-        out, self.last_counts = w.by_shadow(
-            self.x, s.data, bits, self.norms[k], self.epsilons[k], self.kept
-        )
+        out, counts = w.by_shadow(self.x, s.data, bits, self.norms[k], self.epsilons[k], self.kept)
+        self.last_counts = counts[0]
         return out
 
     def verify(self, k: int, out: Tensor) -> float:

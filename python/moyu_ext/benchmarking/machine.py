@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import threading
 import time
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _load, ops
+from .._cpu import cpu_name
 from ..errors import ConfigurationError
 from .rows import quantile
 
@@ -61,16 +61,6 @@ class Machine:
             f"other processes use {self.busy:.0%} of this machine (load {self.load:.2f}); threads "
             "then wait for each other in every call, so measure again when it is quiet"
         ]
-
-
-def cpu_name() -> str:
-    """The processor's model name."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return " ".join(line.split(":", 1)[1].split())
-    return platform.processor() or platform.machine()
 
 
 def last_level_cache() -> int:

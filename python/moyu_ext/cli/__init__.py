@@ -67,7 +67,7 @@ def _moyu(
         moyu generate stories_silu -p "One day"     stream text from a patched model
         moyu pack MODEL --bits 4 --out DIR          a packed copy: less memory, faster tokens
         moyu calibrate MODEL --out DIR              thresholds for your own model
-        moyu tune MODEL --out DIR                   thresholds for a budget of perplexity
+        moyu tune MODEL --out DIR                   what to leave out for a loss that you allow
         moyu COMMAND --help                         options and examples
 
     MODEL is a Hugging Face directory, a hub id, a .gguf file, or a model that ships with moyu_ext:

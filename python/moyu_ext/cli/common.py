@@ -48,7 +48,7 @@ Group = Annotated[
 Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, ...")]
 
 _DTYPES = ("auto", "float32", "float16", "bfloat16")
-_DEFAULT = "qrida"
+_DEFAULT = "lossless"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -234,14 +234,16 @@ def build_method(name: str | None, **options: Any) -> Method:
     """The method of that name, with those of its options that are not None.
 
     `thresholds`, `router` and `experts` are directories. Without a name: the method that the
-    artefact was made for, else one that needs nothing. Raises ConfigurationError for options that
-    the method lacks or needs.
+    artefact was made for, qrida with options of its own, else one that changes no answer. Raises
+    ConfigurationError for options that the method lacks or needs.
     """
     from ..calibration.thresholds import Thresholds
     from ..methods import METHODS
 
     given = {key: value for key, value in options.items() if value is not None}
     default = _DEFAULT
+    if given.keys() & {"density", "bits", "guard"}:
+        default = "qrida"
     if "thresholds" in given:
         directory = given["thresholds"]
         given["thresholds"] = Thresholds.from_pretrained(directory)
@@ -281,7 +283,7 @@ def _option(field: str) -> str:
 
 
 def _shadows(directory: Path) -> Any:
-    """Fitted shadows beside the thresholds that were found with them, as `moyu tune` saves both."""
+    """Fitted shadows beside the thresholds that were found with them."""
     from ..shadow.store import FILE, Shadows
 
     if not (directory / FILE).is_file():

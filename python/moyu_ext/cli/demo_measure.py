@@ -92,7 +92,7 @@ def cases() -> list[Case]:
         *(
             case
             for name, kind in METHODS.items()
-            if name not in ("dense", "tda", "stda", "srida")
+            if name not in ("lossless", "dense", "tda", "stda", "srida")
             for case in _without_preparation(name, kind)
         ),
         Case("TDA, product", cett, lambda t: TDA(t["tda, product"])),

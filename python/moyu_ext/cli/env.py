@@ -14,6 +14,7 @@ from typing import Any
 import typer
 
 from .. import embedded
+from .._cpu import cpu_name
 from . import common
 
 _PACKAGES = ("torch", "transformers", "numpy", "safetensors", "typer", "rich", "matplotlib")
@@ -77,16 +78,10 @@ def _machine() -> dict[str, Any]:
     return {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "usable cores": usable,
     }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _versions() -> dict[str, Any]:

@@ -40,9 +40,9 @@ def generate(
     method: Annotated[
         str | None,
         typer.Option(
-            help="Which neurons to compute: qrida, tda, stda, srida, roda, roda-online, rida, "
-            "dense (see docs/methods.md). Default: what the thresholds, router or experts were "
-            "made for, else qrida."
+            help="Which neurons to compute: lossless, qrida, tda, stda, srida, roda, roda-online, "
+            "rida, dense (see docs/methods.md). Default: what the thresholds, router or experts "
+            "were made for, else lossless, which changes no answer."
         ),
     ] = None,
     density: Annotated[
@@ -57,7 +57,7 @@ def generate(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="What `moyu calibrate` or `moyu tune` wrote; for methods that compare.",
+            help="What `moyu calibrate` wrote; for methods that compare.",
         ),
     ] = None,
     router: Annotated[
@@ -69,6 +69,17 @@ def generate(
     experts: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="What `moyu split-experts` wrote; for rida."),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LOSS",
+            help="The loss you allow: mean KL per token in nats, such as 0.01, or a rise of "
+            "perplexity, such as 1%. Found the first time, remembered afterwards.",
+        ),
+    ] = None,
+    tuned: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="What `moyu tune` wrote.")
     ] = None,
     router_bits: Annotated[
         int | None, typer.Option(help="For qrida: bits of its copies of gate and up, 1 to 4.")
@@ -111,37 +122,39 @@ def generate(
     \b
     Examples
         moyu generate stories_silu -p "Once upon a time, there was a small dog"
+        moyu generate stories_silu -p "One day" --budget 0.01
         moyu generate stories_silu -p "One day" --method srida --density 0.3
         moyu calibrate stories_silu --out thresholds
         moyu generate stories_silu -p "One day" --thresholds thresholds
-        moyu generate ./Llama-2-7b-hf -p "The capital of France is" --bits 8 --method dense
-        moyu generate model.gguf -p "The capital of France is" --method dense
+        moyu generate ./Llama-2-7b-hf -p "The capital of France is" --bits 8
+        moyu generate model.gguf -p "The capital of France is"
     """
     common.check_json(json)
     if temperature <= 0:
         raise ConfigurationError(f"--temperature is {temperature}; expected a number above 0")
     _check_prompt(prompt)
-    chosen = common.build_method(
-        method,
-        thresholds=thresholds,
-        density=density,
-        score=score,
-        router=router,
-        experts=experts,
-        bits=router_bits,
-        guard=guard,
-    )
+    options = {
+        "thresholds": thresholds,
+        "density": density,
+        "score": score,
+        "router": router,
+        "experts": experts,
+        "bits": router_bits,
+        "guard": guard,
+    }
+    chosen = _method(method, options, budget, tuned)
     lm, tokenizer = common.load_model(model, dtype, device, bits, group)
     encoded = tokenizer(prompt, return_tensors="pt").to(lm.device)
     if encoded["input_ids"].shape[-1] == 0:
         raise ConfigurationError("--prompt is empty; give at least one word to continue")
     context = encoded["input_ids"].shape[-1]
-    from ..patching.patch import patch, report, unpatch
+    from ..calibration.budget import patch
+    from ..patching.patch import report, unpatch
 
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": sample}
     if sample:
         settings |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
-    patch(lm, chosen, projections=projections)
+    patch(lm, chosen, budget=budget, projections=projections)
     run = _generate(lm, encoded, settings, seed, tokenizer, _print)
     used = report(lm)
     result: dict[str, Any] = {
@@ -149,7 +162,7 @@ def generate(
         "model": model,
         "dtype": str(lm.dtype).removeprefix("torch."),
         "device": str(lm.device),
-        "method": repr(chosen),
+        "method": used.method,
         "projections": used.projections,
         "prompt_tokens": context,
         "new_tokens": run.ids.shape[-1] - context,
@@ -170,8 +183,31 @@ def generate(
         result["dense_tokens_per_second"] = dense.tokens_per_second
         result["speedup"] = run.tokens_per_second / dense.tokens_per_second
         result["agreement"] = agreement(ours, choices(lm, run.ids, context)).item()
+    if used.budget is not None:
+        typer.echo(f"\n{used.budget}", err=True)
     _summary(result, used.cost() if used.share < 1 else None)
     common.write_json(json, result)
+
+
+def _method(
+    name: str | None, options: dict[str, Any], budget: str | None, tuned: Path | None
+) -> Any:
+    """The method asked for; None where a budget is to find it."""
+    from ..calibration.tune import nats
+    from ..calibration.tuned import Tuned
+
+    if budget is None and tuned is None:
+        return common.build_method(name, **options)
+    given = {"method": name, **options, "budget": budget, "tuned": tuned}
+    names = [f"--{key.replace('_', '-')}" for key, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise ConfigurationError(
+            f"{' and '.join(names)} are given; a budget finds its own method: give one of them"
+        )
+    if tuned is not None:
+        return Tuned.from_pretrained(tuned).method()
+    nats(budget)
+    return None
 
 
 def _check_prompt(prompt: str) -> None:

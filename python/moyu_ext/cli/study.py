@@ -77,7 +77,8 @@ def study(
         prompt-length   section 4.4: what a shorter prompt costs each method
         tables          tables 1-5, the paper's figures beside what is measured here
         qrida           a router made of the weights, against other ways to rank neurons
-        qrida-bytes     top-k or thresholds; each method's bytes at perplexity +1 %
+        qrida-bytes     top-k or thresholds, per layer and per token
+        frontier        bytes against KL: bits, tiers, other rules, llama.cpp's formats
         qrida-guard     CETT on text of another kind, with the guard and without
         all             all of them, and all verdicts in findings.md
 

@@ -1,4 +1,4 @@
-"""The figure of `moyu tune`: perplexity against speed, and the point chosen."""
+"""The figure of `moyu tune`: which layers leave out what."""
 
 from __future__ import annotations
 
@@ -6,48 +6,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..calibration.tune import Tuned
+    from ..calibration.tuned import Tuned
 
 
-def frontier(tuned: Tuned, path: Path, measured: float | None = None) -> None:
-    """Write the frontier as PNG; `measured`: speed-up of a decode step at the chosen point."""
+def layers(tuned: Tuned, path: Path) -> None:
+    """Write the layers' shares of exact and estimated neurons, and their losses, as PNG."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axes = figure.subplots()
-    points = sorted(tuned.frontier, key=lambda p: p.speedup)
-    axes.errorbar(
-        [p.speedup for p in points],
-        [100 * p.increase for p in points],
-        yerr=[100 * p.error for p in points],
-        marker="o",
-        markersize=4,
-        capsize=2,
-        label="tuning text",
+    figure = Figure(figsize=(6.4, 4.8), layout="constrained")
+    shares, losses = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    places = range(len(tuned.layers))
+    exact = [layer.exact for layer in tuned.layers]
+    shares.bar(places, exact, label="computed")
+    shares.bar(places, [x.estimated for x in tuned.layers], bottom=exact, label="estimated")
+    shares.set_ylabel("share of neurons")
+    shares.set_ylim(0, 1)
+    shares.legend(loc="lower right")
+    shares.set_title(
+        f"{tuned.model}: KL {tuned.kl:.4f} of {tuned.budget:.4g} nats, MLPs "
+        f"{tuned.dense_seconds / max(tuned.seconds, 1e-12):.2f}x as fast (predicted)"
     )
-    chosen = tuned.point
-    axes.errorbar(
-        [chosen.speedup],
-        [100 * tuned.increase],
-        yerr=[100 * tuned.error],
-        marker="s",
-        markersize=7,
-        capsize=3,
-        linestyle="none",
-        label=f"chosen, held-out text (density {chosen.density:.2f})",
-    )
-    if measured is not None:
-        axes.plot(
-            [measured],
-            [100 * tuned.increase],
-            marker="D",
-            markersize=7,
-            linestyle="none",
-            label="chosen, speed measured",
-        )
-    axes.axhline(100 * tuned.max_increase, linestyle="--", linewidth=1, color="grey", label="limit")
-    axes.set_xlabel("decode speed over dense, predicted from the bytes read")
-    axes.set_ylabel("perplexity over dense, %")
-    axes.set_title(f"{tuned.thresholds.model}: {tuned.thresholds.method}")
-    axes.legend()
+    losses.bar(places, [1e3 * layer.loss for layer in tuned.layers], color="grey")
+    losses.set_ylabel("loss, millinats")
+    losses.set_xlabel("layer")
     figure.savefig(path, dpi=120)

@@ -42,8 +42,10 @@ def attention_dict(spec: LayerSpec) -> dict[str, Any]:
     }
 
 
-def mlp_dict(plan: Compiled, w: MlpWeights, active: Tensor, tokens: Tensor) -> dict[str, Any]:
-    """An MLP under a plan that the step runs; active, tokens: counters for the report."""
+def mlp_dict(
+    plan: Compiled, w: MlpWeights, active: Tensor, estimated: Tensor, tokens: Tensor
+) -> dict[str, Any]:
+    """An MLP under a plan that the step runs, and the counters for the report."""
 
     def matrix(weight: Tensor | None, bias: Tensor | None) -> tuple[int, int, int, int]:
         if weight is None:
@@ -67,9 +69,14 @@ def mlp_dict(plan: Compiled, w: MlpWeights, active: Tensor, tokens: Tensor) -> d
         "scale": address(plan.scale),
         "epsilon": address(plan.epsilon),
         "records": address(plan.records),
+        "inverse": address(plan.inverse),
+        "gate_error": address(None if plan.errors is None else plan.errors[0]),
+        "up_error": address(None if plan.errors is None else plan.errors[1]),
         "bits_gate": plan.bits[0],
         "bits_up": plan.bits[1],
         "k": plan.k,
+        "estimated": plan.estimated,
         "active": active.data_ptr() if plan.counts else 0,
+        "estimated_count": estimated.data_ptr() if plan.counts else 0,
         "tokens": tokens.data_ptr() if plan.counts else 0,
     }

@@ -35,7 +35,7 @@ _KNOWN = {"input_ids", _ATTENTION, "position_ids", "inputs_embeds", "use_cache",
 class Governor(Protocol):
     """What the step asks of the patch's MLPs."""
 
-    def plan(self, index: int) -> tuple[Compiled, MlpWeights, Tensor, Tensor] | None:
+    def plan(self, index: int) -> tuple[Compiled, MlpWeights, Tensor, Tensor, Tensor] | None:
         """What layer `index` computes without Python, its weights, and its counters of active
         neurons and tokens; None where its MLP has to be called."""
 
@@ -283,7 +283,7 @@ class DecodeStep:
             plan = self.governor.plan(i)
             mlp = {"plan": "outside"} if plan is None else mlp_dict(*plan)
             if plan is not None:
-                self._watch.add_plan(self.governor.module(i), *plan)
+                self._watch.add_plan(self.governor.module(i))
             mlp |= {"before": norm_tuple(spec.before_mlp), "after": norm_tuple(spec.after_mlp)}
             self._compiled.add_layer(attention_dict(spec), mlp)
 

@@ -10,8 +10,6 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.utils import output_capturing
 
-from ..methods.base import Compiled
-from ..models.weights import MlpWeights
 from .stack import LayerSpec, NotTaken, Stack
 
 _VERSION = operator.attrgetter("_version")
@@ -58,15 +56,11 @@ class Watch:
                 self._add(module._parameters, name)
                 self._tensors.append(parameter)
 
-    def add_plan(
-        self, module: Any, plan: Compiled, weights: MlpWeights, active: Tensor, tokens: Tensor
-    ) -> None:
+    def add_plan(self, module: Any) -> None:
         """Watch what an MLP's plan reads, too. A new value in its weights counts: the rule knows
         their norms."""
-        self._add(module.__dict__, "rule")
-        self._add(module.__dict__, "weights")
-        self._add(module.__dict__, "active")
-        self._add(module.__dict__, "tokens")
+        for name in ("rule", "weights", "active", "estimated", "tokens"):
+            self._add(module.__dict__, name)
         self._add_module(module)
         for part in module._modules.values():
             if part is not None:

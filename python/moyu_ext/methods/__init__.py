@@ -2,6 +2,7 @@
 
 from .base import AdaptiveRule, Method, Rule, SequenceRule, TokenRule
 from .dense import Dense
+from .lossless import Lossless
 from .online_roda import OnlineRODA
 from .qrida import QRIDA
 from .rida import RIDA
@@ -12,7 +13,8 @@ from .tda import TDA
 
 # The command line and the tests find methods here; a new one is one file and one entry.
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Dense, TDA, STDA, SRIDA, QRIDA, RODA, OnlineRODA, RIDA)
+    method.name: method
+    for method in (Lossless, Dense, TDA, STDA, SRIDA, QRIDA, RODA, OnlineRODA, RIDA)
 }
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "TDA",
     "AdaptiveRule",
     "Dense",
+    "Lossless",
     "Method",
     "OnlineRODA",
     "Rule",

@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +27,9 @@ class Compiled:
 
     plan: "given" (all neurons, or a set that the sequence has), "gate" or "product" (a threshold
     on the way: scale float32 [f] or None, epsilon float32 [1]) or "shadow" (records and bits of
-    gate and up, scale: norms float32 [f], epsilon or the top k). counts: whether the step counts
+    gate and up, scale: norms float32 [f], errors float32 [2, f] and epsilon, the price; or epsilon,
+    a threshold; or the top k, and how many of the next are estimated: their scores times inverse
+    float32 [f]). counts: whether the step counts
     active neurons for the report.
     """
 
@@ -37,7 +39,19 @@ class Compiled:
     records: Tensor | None = None
     bits: tuple[int, int] = (0, 0)
     k: int = 0
+    estimated: int = 0
+    inverse: Tensor | None = None
+    errors: Tensor | None = None
     counts: bool = True
+
+
+class Tiers(NamedTuple):
+    """Which neurons of rows are computed and which estimated, bool [rows, f], and the estimates,
+    float32 [rows, f], 0 for all others."""
+
+    exact: Tensor
+    estimated: Tensor | None = None
+    values: Tensor | None = None
 
 
 class LayerRule(ABC):  # noqa: B024
@@ -59,7 +73,8 @@ class TokenRule(LayerRule):
 
     @abstractmethod
     def apply(self, x: Tensor, weights: MlpWeights) -> tuple[Tensor, Tensor]:
-        """x [rows, d] -> (output [rows, d], active neurons per row int32 [rows]), by operator."""
+        """x [rows, d] -> (output [rows, d], active neurons per row int32 [rows], or in tiers [2,
+        rows]: computed and estimated), by operator."""
 
     @abstractmethod
     def active(self, x: Tensor, gate: Tensor, product: Tensor) -> Tensor:
@@ -68,6 +83,10 @@ class TokenRule(LayerRule):
         x: [rows, d]; gate: act(W_gate x) [rows, f]; product: a(x) [rows, f] (both are a(x) where
         the MLP is ungated), in the model's dtype. Returns bool [rows, f].
         """
+
+    def judge(self, x: Tensor, gate: Tensor, product: Tensor) -> Tiers:
+        """`active`, and the rest where the rule estimates some activations."""
+        return Tiers(self.active(x, gate, product))
 
     def chosen(self, x: Tensor, weights: MlpWeights) -> Tensor:
         """The neurons that `apply` computes for x [rows, d], bool [rows, f]: for checks."""

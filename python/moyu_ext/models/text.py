@@ -155,12 +155,19 @@ def windows(rows: Iterable[list[int]], max_tokens: int, window: int) -> list[lis
 
 
 def write_own(
-    model: nn.Module, tokenizer: Any, max_tokens: int, window: int, seed: int
+    model: nn.Module,
+    tokenizer: Any,
+    max_tokens: int,
+    window: int,
+    seed: int,
+    *,
+    whole: bool = False,
 ) -> list[list[int]]:
     """Text that the model writes: sampled from the beginning-of-text token at temperature 1.
 
-    The global random state is left as it was. Raises ConfigurationError where the model cannot
-    generate or has no token to begin with.
+    whole: rows of just `window` tokens, in which the model goes on behind an end of text. The
+    global random state is left as it was. Raises ConfigurationError where the model cannot generate
+    or has no token to begin with.
     """
     _refuse_string(tokenizer)
     generate = getattr(model, "generate", None)
@@ -172,6 +179,7 @@ def write_own(
     begin, end = _special_ids(model, tokenizer)
     check_ids(model, [begin])
     place = device(model)
+    nowhere = _embedding(model).num_embeddings  # no token has this id
     rows: list[list[int]] = []
     total = 0
     with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
@@ -188,9 +196,11 @@ def write_own(
                 top_p=1.0,
                 num_beams=1,
                 pad_token_id=min(end) if end else begin,
+                **({"eos_token_id": nowhere} if whole else {}),
             )
             for ids in out.tolist():
                 stop = next((i for i, t in enumerate(ids) if i and t in end), len(ids) - 1)
+                stop = len(ids) - 1 if whole else stop
                 rows.append(ids[: stop + 1])
                 total += stop + 1
             if total >= max_tokens:

@@ -79,10 +79,15 @@ class MlpWeights:
         """Bytes of the matrices, which a dense MLP reads at each token."""
         return sum(m.nbytes for m in (self.gate, self.up, self.down_t) if m is not None)
 
-    def share_read(self, plan: str, density: float, added: float = 0.0) -> float:
+    def share_read(
+        self, plan: str, density: float, added: float = 0.0, estimated: float = 0.0
+    ) -> float:
         """Bytes that one token reads over those of the dense MLP, see `read_share`; added: bytes
-        that the rule reads beside the weights."""
-        return read_share(plan, density, self.matrices, added / self.nbytes)
+        that the rule reads beside the weights; estimated: share of the neurons of which it reads
+        the row of W_down alone."""
+        return read_share(
+            plan, density, self.matrices, added / self.nbytes + estimated / self.matrices
+        )
 
     def rows(self, matrix: str, part: slice | Tensor | None = None) -> Tensor:
         """Rows of "gate", "up" or "down_t" as plain numbers [n, d]: the weights themselves, or in
@@ -178,13 +183,22 @@ class MlpWeights:
         norms: Tensor,
         epsilon: Tensor | None,
         k: int,
+        estimated: int = 0,
+        inverse: Tensor | None = None,
+        errors: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """x [rows, d] over the neurons that a shadow (records and bits of gate and up) scores not
-        below epsilon, or the top k where epsilon is None; norms [f] scale the scores. Returns as
-        `by_threshold`."""
-        return ops.shadow_mlp(
-            x, *self._operands, records, norms, epsilon, k, *bits, self.activation
-        )
+        """x [rows, d] in the tiers that a shadow (records and bits of gate and up) chooses, see
+        `shadow.reference.shadow_mlp`. Returns the output [rows, d], and how many neurons are exact
+        and estimated, int32 [2, rows]."""
+        how = (records, norms, inverse, errors, epsilon, k, estimated, *bits, self.activation)
+        return ops.shadow_mlp(x, *self._operands, *how)
+
+    def shadow_scores(
+        self, x: Tensor, records: Tensor, bits: tuple[int, int], norms: Tensor
+    ) -> Tensor:
+        """What `by_shadow` compares, for x [rows, d]: float32 [rows, f]."""
+        how = (self.gate_bias, self.up_bias, self.gated, *bits, self.activation)
+        return ops.shadow_scores(x, records, norms, *how)
 
     def column_norms(self) -> Tensor:
         """c_i = ||W_down[:, i]||_2, float32 [f]."""

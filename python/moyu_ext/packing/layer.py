@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +11,27 @@ from .. import ops
 from ..errors import PatchStateError, UnsupportedModelError
 from .rounding import pack_matrix
 from .rows import Format, format_of, linear, linear_t, unpack_rows
+
+
+def _multiply(x: Tensor, rows: Tensor, bias: Tensor | None, d: int, transposed: bool) -> Tensor:
+    """By rows of d columns, or by their transpose."""
+    return linear_t(x, rows, d, bias) if transposed else linear(x, rows, bias)
+
+
+class _Product(torch.autograd.Function):
+    """x W^T + b, whose backward multiplies by W: packed rows have no gradient of their own."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, rows: Tensor, bias: Tensor | None, d: int, transposed: bool
+    ) -> Tensor:
+        ctx.rows, ctx.d, ctx.transposed = rows, d, transposed
+        return _multiply(x, rows, bias, d, transposed)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        back = _multiply(grad.contiguous(), ctx.rows, None, ctx.d, not ctx.transposed)
+        return back, None, None, None, None
 
 
 class PackedLinear(nn.Module):
@@ -82,18 +105,21 @@ class PackedLinear(nn.Module):
         self.weight = nn.Parameter(rows, requires_grad=False)
 
     @property
+    def _columns(self) -> int:
+        return self.out_features if self.transposed else self.in_features
+
+    @property
     def format(self) -> Format:
         """Bits and group of its rows."""
-        return format_of(self.weight, self.out_features if self.transposed else self.in_features)
+        return format_of(self.weight, self._columns)
 
     def dequantise(self, dtype: torch.dtype | None = None) -> Tensor:
         """W as a plain matrix [out_features, in_features], in the layer's dtype unless told."""
-        d = self.out_features if self.transposed else self.in_features
-        plain = unpack_rows(self.weight, d, dtype or self.dtype)
+        plain = unpack_rows(self.weight, self._columns, dtype or self.dtype)
         return plain.t() if self.transposed else plain
 
     def forward(self, x: Tensor) -> Tensor:
-        """x W^T + b; PatchStateError in training mode or for a backward pass."""
+        """x W^T + b, with a gradient for x alone; PatchStateError in training mode."""
         if self.training:
             raise PatchStateError(
                 "packed weights only infer, and this layer is in training mode; call model.eval(), "
@@ -101,11 +127,9 @@ class PackedLinear(nn.Module):
             )
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        if self.transposed:
-            out = linear_t(x, self.weight, self.out_features, self.bias)
-        else:
-            out = linear(x, self.weight, self.bias)
-        return ops.inference_only(out)
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _Product.apply(x, self.weight, self.bias, self._columns, self.transposed)
+        return _multiply(x, self.weight, self.bias, self._columns, self.transposed)
 
     def extra_repr(self) -> str:
         """Sizes and format."""

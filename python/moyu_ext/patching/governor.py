@@ -25,14 +25,14 @@ class PatchedMlps:
         self.method = method
         self.context = context
 
-    def plan(self, index: int) -> tuple[Compiled, MlpWeights, Tensor, Tensor] | None:
+    def plan(self, index: int) -> tuple[Compiled, MlpWeights, Tensor, Tensor, Tensor] | None:
         """See `Governor`."""
         mlp = self.by_index.get(index)
         plan = None if mlp is None else mlp.rule.compiled()
         if mlp is None or plan is None:
             return None
         weights = mlp.weights if mlp.weights is not None else mlp.read_weights()
-        return plan, weights, mlp.active, mlp.tokens
+        return plan, weights, mlp.active, mlp.estimated, mlp.tokens
 
     def module(self, index: int) -> Any:
         """See `Governor`."""

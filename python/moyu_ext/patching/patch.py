@@ -18,14 +18,14 @@ from ..decoding.stack import NotTaken, Stack, read_stack
 from ..decoding.step import DecodeStep
 from ..errors import ConfigurationError, PatchStateError, UnsupportedModelError
 from ..methods.base import Method
-from ..methods.qrida import QRIDA
+from ..methods.lossless import Lossless
 from ..models.decoder import find_decoder
 from ..models.families import MlpSite, check_hooks, find_mlps
 from ..models.fingerprint import fingerprint
 from .governor import PatchedMlps
 from .passes import Context, ScoringHooks, SequenceHooks, TokenHooks, register
 from .projections import Projection, find_projections
-from .report import LayerReport, Report, StepReport
+from .report import BudgetReport, LayerReport, Report, StepReport
 from .sparse_mlp import Bypass, SparseMLP, StandIn, make_contiguous
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -43,11 +43,29 @@ class _Patch:
     hooks: SequenceHooks | None
     projections: int = 0
     step: DecodeStep | str = ""  # or why there is none
+    budget: BudgetReport | None = None
     undo: list[Callable[[], None]] = field(default_factory=list)
 
     def revert(self) -> None:
         while self.undo:
             self.undo.pop()()
+
+
+def check_patchable(model: object) -> None:
+    """Raise UnsupportedModelError for what is no model, PatchStateError for one that is patched
+    already or in training mode."""
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(
+            f"patch: model is a {type(model).__name__}; expected the loaded model, a "
+            "torch.nn.Module"
+        )
+    if any(isinstance(module, StandIn) for module in model.modules()):
+        raise PatchStateError("the model is patched already; call moyu_ext.unpatch(model) first")
+    if model.training:
+        raise PatchStateError(
+            "the model is in training mode, but a patched model only infers; call model.eval() "
+            "before patch"
+        )
 
 
 @torch.inference_mode(False)
@@ -60,50 +78,19 @@ def patch(
     projections: bool = False,
     decode_step: bool = True,
 ) -> Model:
-    """Let `method` decide which neurons the model's MLPs compute; in place, returns the model.
-
-    method: QRIDA() by default, which needs no calibration and keeps no state. layers: the indices
-    of the MLPs to patch (negative ones count from the end), all by default. projections: also run
-    the linear layers beside the MLPs (attention's, the head) with the project's own GEMV, up to 8
-    rows at a time (4 on a GPU): all of their neurons, so nothing but rounding changes.
-    decode_step: on a CPU, run the decoder layers of a forward of 1 to 8 tokens that continues a
-    cache in one compiled call, attention included, where the decoder is of a known class and
-    computes what that class does, and let `generate` run greedy decoding and sampling in a loop
-    that costs less; nothing but rounding changes. Other forwards, and those with
-    hooks, output_attentions, gradients or unusual masks and caches, go through the layers as ever;
-    `report` says how many, and why. The model
-    keeps its parameters and their names; W_down is laid out neuron-major, so memory peaks one
-    W_down above the model's (and QRIDA adds its shadows). For
-    inference on the device the model is on.
-
-    Raises UnsupportedModelError for a model that it does not know, ConfigurationError for a method
-    or layers that do not fit, and for projections=True where no linear layer can be taken,
-    ArtifactError for thresholds of another model, PatchStateError for a patched model or one in
-    training mode. After an error the model is as it was.
-    """
-    if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(
-            f"patch: model is a {type(model).__name__}; expected the loaded model, a "
-            "torch.nn.Module"
-        )
-    if any(isinstance(module, StandIn) for module in model.modules()):
-        raise PatchStateError("the model is patched already; call moyu_ext.unpatch(model) first")
+    """Patch with a method (None: `Lossless`); see `calibration.budget.patch`, which users call."""
+    check_patchable(model)
     if method is None:
-        method = QRIDA()
+        method = Lossless()
     if not isinstance(method, Method):
         raise ConfigurationError(
             f"method is {method!r}; expected a method such as moyu_ext.QRIDA(density=0.33) or "
             "moyu_ext.STDA(thresholds)"
         )
-    if model.training:
-        raise PatchStateError(
-            "the model is in training mode, but a patched model only infers; call model.eval() "
-            "before patch"
-        )
     sites = find_mlps(model)
     method.validate(len(sites), lambda: fingerprint(model))
     context = Context()
-    chosen = [sites[index] for index in _layer_indices(layers, len(sites))]
+    chosen = [sites[index] for index in layer_indices(layers, len(sites))]
     for site in chosen:
         check_hooks(site)
     mlps = [SparseMLP(site, method, context, slot) for slot, site in enumerate(chosen)]
@@ -179,6 +166,7 @@ def report(model: nn.Module, *, reset: bool = False) -> Report:
         site = mlp.site
         guard = getattr(mlp.rule, "guard", None)
         added = mlp.rule.added_bytes
+        estimated = int(mlp.estimated) / (tokens * mlp.f) if tokens else 0.0
         rows.append(
             LayerReport(
                 site.index,
@@ -190,7 +178,8 @@ def report(model: nn.Module, *, reset: bool = False) -> Report:
                 mlp.refreshes,
                 None if guard is None else guard.report(),
                 added,
-                site.weights().share_read(patched.method.plan, density, added),
+                site.weights().share_read(patched.method.plan, density, added, estimated),
+                estimated,
             )
         )
         if reset:
@@ -207,7 +196,12 @@ def report(model: nn.Module, *, reset: bool = False) -> Report:
         steps = StepReport(len(step.stack.layers), step.taken, dict(step.left))
         if reset:
             step.reset()
-    return Report(repr(patched.method), tuple(rows), patched.projections, steps)
+    return Report(repr(patched.method), tuple(rows), patched.projections, steps, patched.budget)
+
+
+def show_budget(model: nn.Module, budget: BudgetReport) -> None:
+    """Let `report` say what a patched model's method was tuned to."""
+    _patch_of(model).budget = budget
 
 
 @contextmanager
@@ -302,7 +296,8 @@ def _install_step(model: nn.Module, patched: _Patch, sites: list[MlpSite]) -> De
     return step
 
 
-def _layer_indices(layers: Iterable[int] | None, count: int) -> list[int]:
+def layer_indices(layers: Iterable[int] | None, count: int) -> list[int]:
+    """Ascending indices >= 0 of `count` MLPs; ConfigurationError where `layers` are none."""
     if layers is None:
         return list(range(count))
     chosen: set[int] = set()

@@ -16,7 +16,8 @@ class LayerReport:
     that obeyed the method; dense_tokens: positions that ran with all neurons (prompts, fallbacks,
     padding included); refreshes: sets chosen, one per sequence and prompt; guard: the true CETT and
     recall of what a router chose, where the method has one and its guard is on; added_bytes: memory
-    that the method keeps beside the weights; share: bytes read per governed token, those of
+    that the method keeps beside the weights; estimated: share of the neurons of which the router's
+    own estimate was taken, in governed tokens; share: bytes read per governed token, those of
     added_bytes included, of the dense MLP's weights in the model's dtype.
     """
 
@@ -30,6 +31,7 @@ class LayerReport:
     guard: GuardReport | None = None
     added_bytes: int = 0
     share: float = math.nan
+    estimated: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -56,17 +58,49 @@ class StepReport:
 
 
 @dataclass(frozen=True)
+class BudgetReport:
+    """What a model patched with a budget was tuned to.
+
+    budget: nats of KL per token that were allowed; kl, error: on `tokens` tokens of held-out text,
+    and its standard error; seconds, dense_seconds: of one token in all MLPs, as predicted from
+    measurements on this machine; layers: how many are sparse, since the others gain no time.
+    """
+
+    budget: float
+    kl: float
+    error: float
+    tokens: int
+    seconds: float
+    dense_seconds: float
+    layers: int
+
+    def __str__(self) -> str:
+        if not self.layers:
+            return (
+                f"budget: {self.budget:.4g} nats buy no time in any layer here, so that all "
+                "neurons are computed"
+            )
+        return (
+            f"budget: KL {self.kl:.4f} +- {self.error:.4f} of {self.budget:.4g} nats on "
+            f"{self.tokens} held-out tokens; {self.layers} sparse layers, MLPs predicted "
+            f"{self.dense_seconds / self.seconds:.2f}x as fast ({1e3 * self.dense_seconds:.2f} to "
+            f"{1e3 * self.seconds:.2f} ms a token)"
+        )
+
+
+@dataclass(frozen=True)
 class Report:
     """The patched layers and the method's description; `str()` gives a table.
 
     projections: linear layers beside the MLPs that run with the project's own GEMV; step: the
-    compiled decode step.
+    compiled decode step; budget: what it was tuned to, if it was.
     """
 
     method: str
     layers: tuple[LayerReport, ...]
     projections: int = 0
     step: StepReport = StepReport(0, 0, {}, "not asked for")
+    budget: BudgetReport | None = None
 
     @property
     def density(self) -> float:
@@ -76,6 +110,12 @@ class Report:
             return math.nan
         used = sum(layer.density * layer.tokens for layer in self.layers if layer.tokens)
         return used / tokens
+
+    @property
+    def estimated(self) -> float:
+        """Mean share of neurons whose activation was a router's estimate; NaN like `density`."""
+        tokens = sum(layer.tokens for layer in self.layers)
+        return sum(x.estimated * x.tokens for x in self.layers) / tokens if tokens else math.nan
 
     @property
     def sparsity(self) -> float:
@@ -123,20 +163,26 @@ class Report:
 
     def __str__(self) -> str:
         guarded = not math.isnan(self.cett)
+        tiers = any(layer.estimated for layer in self.layers)
         lines = [
             self.method,
-            f"{'layer':>5}  {'neurons':>7}  {'density':>7}  {'tokens':>7}  {'dense':>7}  "
-            f"{'refreshes':>9}" + (f"  {'CETT':>6}  {'recall':>7}" if guarded else ""),
+            f"{'layer':>5}  {'neurons':>7}  {'density':>7}  "
+            + (f"{'estimated':>9}  " if tiers else "")
+            + f"{'tokens':>7}  {'dense':>7}  {'refreshes':>9}"
+            + (f"  {'CETT':>6}  {'recall':>7}" if guarded else ""),
         ]
         for layer in self.layers:
             line = (
                 f"{layer.index:>5}  {layer.f:>7}  {_percent(layer.density):>7}  "
-                f"{layer.tokens:>7}  {layer.dense_tokens:>7}  {layer.refreshes:>9}"
+                + (f"{_percent(layer.estimated):>9}  " if tiers else "")
+                + f"{layer.tokens:>7}  {layer.dense_tokens:>7}  {layer.refreshes:>9}"
             )
             if guarded and layer.guard is not None:
                 line += f"  {layer.guard.cett:>6.3f}  {_percent(layer.guard.recall):>7}"
             lines.append(line)
         mean = f"{'mean':>5}  {'':>7}  {_percent(self.density):>7}"
+        if tiers:
+            mean += f"  {_percent(self.estimated):>9}"
         if guarded:
             mean += f"{'':>29}  {self.cett:>6.3f}  {_percent(self.recall):>7}"
         lines.append(mean)
@@ -144,6 +190,8 @@ class Report:
             lines.append(self.cost())
         if self.projections:
             lines.append(f"{self.projections} linear layers beside the MLPs by moyu_ext's own GEMV")
+        if self.budget is not None:
+            lines.append(str(self.budget))
         lines.append(str(self.step))
         return "\n".join(lines)
 

@@ -148,6 +148,7 @@ class SparseMLP(StandIn):
         # Never inference tensors: later forwards may run outside of inference_mode.
         with torch.inference_mode(False):
             self.active = torch.zeros(1, dtype=torch.int64, device=device)
+            self.estimated = torch.zeros(1, dtype=torch.int64, device=device)
             self.tokens = torch.zeros(1, dtype=torch.int64, device=device)
             self.dense_tokens = torch.zeros(1, dtype=torch.int64, device=device)
         self.refreshes: int = 0
@@ -162,7 +163,7 @@ class SparseMLP(StandIn):
     def reset_counts(self) -> None:
         """Start the report anew: neurons active, tokens governed, tokens run dense. In place: the
         compiled decode step counts there."""
-        for count in (self.active, self.tokens, self.dense_tokens):
+        for count in (self.active, self.estimated, self.tokens, self.dense_tokens):
             count.zero_()
         self.refreshes = 0
 
@@ -185,7 +186,7 @@ class SparseMLP(StandIn):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseMLP:
         super()._apply(fn, recurse)
-        for name in ("active", "tokens", "dense_tokens"):
+        for name in ("active", "estimated", "tokens", "dense_tokens"):
             setattr(self, name, fn(getattr(self, name)))
         # Read again at the next forward: an MLP spread over a layer moves part by part.
         self.weights = None
@@ -264,6 +265,9 @@ class SparseMLP(StandIn):
             for part in rows.split(ops.MAX_ROWS)
         ]
         for _, counts in parts:
+            if counts.dim() == 2:
+                self.estimated.add_(counts[1].sum())
+                counts = counts[0]
             self.active.add_(counts if counts.numel() == 1 else counts.sum())
         self.tokens.add_(n)
         out = parts[0][0] if len(parts) == 1 else torch.cat([out for out, _ in parts])
@@ -328,7 +332,7 @@ class SparseMLP(StandIn):
         shape = (current.batch, current.length, self.f)
         a = product.view(shape)
         rows = current.batch * current.length
-        layer = None
+        layer, rest = None, None
         if current.state is not None:
             layer = current.state.layers[self.slot]
             assert isinstance(self.rule, SequenceRule)
@@ -344,8 +348,12 @@ class SparseMLP(StandIn):
         govern = current.govern.to(x.device).unsqueeze(-1)
         if isinstance(self.rule, TokenRule):
             flat = (rows, self.f)
-            active = self.rule.active(x.reshape(rows, self.d), gate.view(flat), product.view(flat))
+            active, estimated, rest = self.rule.judge(
+                x.reshape(rows, self.d), gate.view(flat), product.view(flat)
+            )
             active = active.view(shape)
+            if estimated is not None:
+                self.estimated.add_((estimated.view(shape) & govern).sum())
         else:
             assert layer is not None
             active = self._of_sequence(x, a, layer, current)
@@ -355,7 +363,10 @@ class SparseMLP(StandIn):
         self.active.add_((active & govern).sum())
         self.tokens.add_(governed)
         self.dense_tokens.add_(rows - governed)
-        a = a.masked_fill(govern & ~active, 0.0)
+        if rest is None:
+            a = a.masked_fill(govern & ~active, 0.0)
+        else:
+            a = torch.where(govern & ~active, rest.view(shape).to(a.dtype), a)
         return weights.down(a.view(product.shape))
 
     def _of_sequence(self, x: Tensor, a: Tensor, layer: LayerState, current: Pass) -> Tensor:

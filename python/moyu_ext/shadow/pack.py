@@ -42,17 +42,25 @@ class Codes:
 class Shadow:
     """The shadow of one MLP: data uint8 [f, record bytes], for hidden size d.
 
-    bits_gate is 0 where the MLP is ungated.
+    bits_gate is 0 where the MLP is ungated. costs: float32 [3, f] or None, what an error in an
+    activation costs (the root of nats per unit squared), and the root mean square errors of g^ and
+    u^ (of u^ twice where the MLP is ungated): for tiers by price.
     """
 
     data: Tensor
     d: int
     bits_gate: int
     bits_up: int
+    costs: Tensor | None = None
 
     def __repr__(self) -> str:
         f = self.data.shape[0]
         return f"Shadow(<f {f}, d {self.d}>, bits_gate={self.bits_gate}, bits_up={self.bits_up})"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a token reads of it."""
+        return self.data.nbytes + (0 if self.costs is None else self.costs.nbytes)
 
     @property
     def gated(self) -> bool:

@@ -3,13 +3,16 @@
 Estimate of neuron i for an input row x: x is rounded to int8 per block b of 256 elements,
 sx_b = max|x_b| / 127, xq = round(x_b / sx_b); with W^ the shadow's weights and x^ = sx_b xq,
 
-    g^ = W^_gate x^ + gate_bias,  u^ = W^_up x^ + up_bias,  n^_i = |act(g^_i) u^_i| c_i
+    g^ = W^_gate x^ + gate_bias,  u^ = W^_up x^ + up_bias,
+    a^_i = act(g^_i) u^_i,  n^_i = |a^_i| c_i
 
-(|act(u^_i)| c_i where the MLP is ungated), c_i = ||W_down[:, i]||_2. Kernels add up xq * code in
+(a^_i = act(u^_i) where the MLP is ungated), c_i = ||W_down[:, i]||_2. Kernels add up xq * code in
 integers; float32 sums here differ from that by their own rounding only.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,46 +41,103 @@ def dequantise(matrix: Codes) -> Tensor:
     return (level.view(f, blocks, BLOCK) * matrix.scales.float().unsqueeze(-1)).view(f, -1)
 
 
-def shadow_scores(
+def projections(
     x: Tensor,
     shadow: Tensor,
-    norms: Tensor,
     gate_bias: Tensor | None,
     up_bias: Tensor | None,
     gated: bool,
     bits_gate: int,
     bits_up: int,
-    activation: str,
-) -> Tensor:
-    """n^ of all neurons, float32 [rows, f].
+) -> tuple[Tensor | None, Tensor]:
+    """g^ (None where the MLP is ungated) and u^ of all neurons, float32 [rows, f] each.
 
-    x: [rows, d]; shadow: uint8 [f, record bytes]; norms: c, float32 [f]; bits_gate is ignored where
-    gated is False.
+    x: [rows, d]; shadow: uint8 [f, record bytes]; bits_gate is ignored where gated is False.
     """
-    act = ACTIVATIONS[activation]
     d = x.shape[1]
     rounded = round_input(x)
-    out = torch.empty(x.shape[0], len(shadow), dtype=torch.float32, device=x.device)
+    found: list[list[Tensor]] = [[], []]
     for start in range(0, len(shadow), _ROWS):
         rows = slice(start, start + _ROWS)
-        gate, up = unpack(Shadow(shadow[rows], d, bits_gate if gated else 0, bits_up))
+        pair = unpack(Shadow(shadow[rows], d, bits_gate if gated else 0, bits_up))
+        for matrix, bias, values in zip(pair, (gate_bias, up_bias), found, strict=True):
+            if matrix is not None:
+                value = rounded @ dequantise(matrix)[:, :d].t()
+                values.append(value if bias is None else value + bias[rows].float())
+    gate, up = (torch.cat(values, 1) if values else None for values in found)
+    assert up is not None
+    return gate, up
 
-        def product(matrix: Codes, bias: Tensor | None, rows: slice = rows) -> Tensor:
-            value = rounded @ dequantise(matrix)[:, :d].t()
-            return value if bias is None else value + bias[rows].float()
 
-        u = product(up, up_bias)
-        a = act(u) if gate is None else act(product(gate, gate_bias)) * u
-        out[:, rows] = a.abs() * norms[rows]
-    return out
+def product(gate: Tensor | None, up: Tensor, activation: str) -> Tensor:
+    """a^ of g^ and u^, as `projections` gives them."""
+    act = ACTIVATIONS[activation]
+    return act(up) if gate is None else act(gate) * up
+
+
+def shadow_scores(x: Tensor, shadow: Tensor, norms: Tensor, *how: Any) -> Tensor:
+    """n^ of all neurons, float32 [rows, f]; norms: c, float32 [f]; `how`: what `projections` takes
+    behind the shadow, and the activation."""
+    return product(*projections(x, shadow, *how[:-1]), how[-1]).abs_() * norms
 
 
 def choose(scores: Tensor, epsilon: Tensor | None, k: int) -> Tensor:
     """Active, bool [rows, f]: not below epsilon [1], or the k largest (ties: lower index)."""
     if epsilon is not None:
         return torch.logical_not(scores < epsilon)
-    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order[:, :k], True)
+    if not 0 < k < scores.shape[-1]:
+        return torch.full_like(scores, k > 0, dtype=torch.bool)
+    # Selecting takes a tenth of sorting, but which of equals stays only sorting tells.
+    active = torch.logical_not(scores < scores.topk(k, sorted=False).values.amin(-1, keepdim=True))
+    unclear = active.sum(-1) != k
+    if bool(unclear.any()):
+        order = torch.sort(scores[unclear], dim=-1, descending=True, stable=True).indices
+        chosen = torch.zeros_like(scores[unclear], dtype=torch.bool)
+        active[unclear] = chosen.scatter_(-1, order[:, :k], True)
+    return active
+
+
+def tiers(scores: Tensor, k: int, estimated: int) -> tuple[Tensor, Tensor]:
+    """The k largest scores and the next `estimated` largest, bool [rows, f] each."""
+    exact = choose(scores, None, k)
+    return exact, choose(scores, None, k + estimated) & ~exact
+
+
+def expected_gains(
+    gate: Tensor | None, up: Tensor, activation: str, norms: Tensor, errors: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What neuron i adds to the output has the squared size s, and the squared error e where it is
+    estimated, float32 [rows, f] each. With g^, u^ as `projections` gives them, c = norms [f], and
+    their root mean square errors dg, du (errors [2, f]):
+
+        s = (a^ c)^2,  e = (D^2 (u^2 + du^2) + (act(g^) du)^2) c^2,
+        D = (act(g^ + dg) - act(g^ - dg)) / 2
+
+    (ungated: e = (D c)^2 with u^ and du in the place of g^ and dg).
+    """
+    act = ACTIVATIONS[activation]
+    h, error = (up, errors[1]) if gate is None else (gate, errors[0])
+    slope = (act(h + error) - act(h - error)) / 2
+    size, lost = act(h).square(), slope.square()
+    if gate is not None:
+        wide = errors[1].square()
+        lost = lost * (up.square() + wide) + size * wide
+        size = size * up.square()
+    return size * norms.square(), lost * norms.square()
+
+
+def tiers_by_price(
+    size: Tensor, lost: Tensor, price: Tensor | float, gated: bool
+) -> tuple[Tensor, Tensor]:
+    """Exact and estimated neurons, bool [rows, f] each, by what a row of weights has to save.
+
+    Estimating saves `size` for one row, computing `lost` more for two more (ungated: one): each is
+    done where every row saves at least the price.
+    """
+    more = 2 if gated else 1
+    skipped = (size < price) & (size + lost < (1 + more) * price)
+    estimated = (size >= price) & (lost < more * price)
+    return ~(skipped | estimated), estimated  # a NaN is exact
 
 
 def shadow_mlp(
@@ -90,19 +150,36 @@ def shadow_mlp(
     down_bias: Tensor | None,
     shadow: Tensor,
     norms: Tensor,
+    inverse: Tensor | None,
+    errors: Tensor | None,
     epsilon: Tensor | None,
     k: int,
+    estimated: int,
     bits_gate: int,
     bits_up: int,
     activation: str,
 ) -> tuple[Tensor, Tensor]:
-    """The exact MLP over what the shadow chooses: out [rows, d], active neurons int32 [rows]."""
-    gated = gate is not None
-    scores = shadow_scores(
-        x, shadow, norms, gate_bias, up_bias, gated, bits_gate, bits_up, activation
-    )
-    active = choose(scores, epsilon, k)
-    out = masked_mlp(x, gate, up, down_t, gate_bias, up_bias, down_bias, active, activation).to(
-        x.dtype
-    )
-    return out, active.sum(-1, dtype=torch.int32)
+    """The MLP in the tiers that the shadow chooses: out [rows, d], and how many neurons are exact
+    and estimated, int32 [2, rows].
+
+    By price where there are errors (epsilon is the price), by threshold where there is epsilon
+    alone, else by rank: the k largest, and the `estimated` behind them. The activation of an
+    estimated neuron is its score, with its sign, times inverse [f] (1 / c).
+    """
+    g, u = projections(x, shadow, gate_bias, up_bias, gate is not None, bits_gate, bits_up)
+    signed = product(g, u, activation) * norms
+    if errors is not None:
+        assert epsilon is not None
+        gains = expected_gains(g, u, activation, norms, errors)
+        exact, rest = tiers_by_price(*gains, epsilon, g is not None)
+    elif epsilon is not None:
+        exact = choose(signed.abs(), epsilon, k)
+        rest = torch.zeros_like(exact)
+    else:
+        exact, rest = tiers(signed.abs(), k, estimated)
+    out = masked_mlp(x, gate, up, down_t, gate_bias, up_bias, down_bias, exact, activation)
+    if inverse is not None:
+        values = torch.where(rest, signed * inverse, torch.zeros_like(signed))
+        out = out + values.to(out.dtype) @ down_t.to(out.dtype)
+    counts = torch.stack([exact.sum(-1), rest.sum(-1)]).to(torch.int32)
+    return out.to(x.dtype), counts

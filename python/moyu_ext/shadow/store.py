@@ -1,7 +1,8 @@
 """Shadows of a whole model, and their side-car file, which is loaded by memory map.
 
-The file is a safetensors file: a uint8 tensor [f, record bytes] per layer, and a header padded with
-spaces to whole pages, so that every record lies on a 64-byte boundary of the mapped file.
+The file is a safetensors file: a uint8 tensor [f, record bytes] per layer, behind them float32
+[3, f] of those layers that know their costs, and a header padded with spaces to whole pages, so
+that every record lies on a 64-byte boundary of the mapped file.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from .feedback import build_for
 from .pack import BITS, Shadow, pair_of, record_bytes, unpack
 from .reference import dequantise
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 FILE = "moyu_shadows.safetensors"
 _PAGE = 4096
 _SAMPLES = 8
@@ -121,7 +122,8 @@ class Shadows:
             return ""
         digest = hashlib.sha256()
         for layer in self.layers:
-            digest.update(_bytes(layer))
+            for tensor in _tensors(layer):
+                digest.update(_bytes(tensor))
         return digest.hexdigest()[:32]
 
     @property
@@ -162,23 +164,25 @@ class Shadows:
                 "it from this model"
             )
         data = shadow.data.to(weights.device)
-        return Shadow(data, shadow.d, shadow.bits_gate, shadow.bits_up)
+        costs = None if shadow.costs is None else shadow.costs.to(weights.device)
+        return Shadow(data, shadow.d, shadow.bits_gate, shadow.bits_up, costs)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write the side-car file into `directory`, atomically."""
         folder = folder_of(directory, "shadows")
         folder.mkdir(parents=True, exist_ok=True)
         tensors, offset = {}, 0
-        digests = []
-        for index, shadow in enumerate(self.layers):
-            end = offset + shadow.data.numel()
-            tensors[f"layers.{index}"] = {
-                "dtype": "U8",
-                "shape": list(shadow.data.shape),
-                "data_offsets": [offset, end],
-            }
+        digests = [_digest(shadow) for shadow in self.layers]
+        named = [(f"layers.{i}", "U8", shadow.data) for i, shadow in enumerate(self.layers)]
+        named += [
+            (f"costs.{i}", "F32", shadow.costs)
+            for i, shadow in enumerate(self.layers)
+            if shadow.costs is not None
+        ]
+        for name, dtype, tensor in named:
+            shape, end = list(tensor.shape), offset + tensor.nbytes
+            tensors[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
             offset = end
-            digests.append(hashlib.sha256(_bytes(shadow)).hexdigest())
         about = {
             "kind": "moyu shadows",
             "format_version": FORMAT_VERSION,
@@ -190,7 +194,7 @@ class Shadows:
         header = json.dumps({"__metadata__": {"moyu": json.dumps(about)}, **tensors}).encode()
         header += b" " * (-(8 + len(header)) % _PAGE)
         start = [len(header).to_bytes(8, "little"), header]
-        write_atomically(folder / FILE, chain(start, map(_bytes, self.layers)))
+        write_atomically(folder / FILE, chain(start, (_bytes(tensor) for _, _, tensor in named)))
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str], *, verify: bool = True) -> Shadows:
@@ -203,7 +207,7 @@ class Shadows:
         path = folder_of(directory, "shadows") / FILE
         about, tensors = _open(path)
         layers = []
-        for index, (data, (d, bits_gate, bits_up)) in enumerate(
+        for index, ((data, costs), (d, bits_gate, bits_up)) in enumerate(
             zip(tensors, about["layers"], strict=True)
         ):
             width = record_bytes(d, bits_gate, bits_up)
@@ -213,9 +217,16 @@ class Shadows:
                     f"layer {index} is {data.dtype} {list(data.shape)}, expected bytes [neurons, "
                     f"{width}] for hidden size {d} and bits {bits_gate}, {bits_up}",
                 )
-            layers.append(Shadow(data, d, bits_gate, bits_up))
-            digest = about["sha256"][index]
-            if verify and hashlib.sha256(_bytes(layers[-1])).hexdigest() != digest:
+            if costs is not None and (
+                costs.dtype != torch.float32 or list(costs.shape) != [3, data.shape[0]]
+            ):
+                raise _bad(
+                    path,
+                    f"the costs of layer {index} are {costs.dtype} {list(costs.shape)}, expected "
+                    f"float32 [3, {data.shape[0]}]",
+                )
+            layers.append(Shadow(data, d, bits_gate, bits_up, costs))
+            if verify and _digest(layers[-1]) != about["sha256"][index]:
                 raise _bad(path, f"the bytes of layer {index} do not match their checksum")
         return cls(tuple(layers), about["fingerprint"], about["fitted"])
 
@@ -239,21 +250,39 @@ def _pairs(bits: Any, layers: int) -> list[tuple[int, int]]:
     return pairs
 
 
-def _bytes(shadow: Shadow) -> memoryview:
-    array: Any = shadow.data.detach().cpu().contiguous().numpy()
+def _tensors(shadow: Shadow) -> list[Tensor]:
+    return [shadow.data] if shadow.costs is None else [shadow.data, shadow.costs]
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    array: Any = tensor.detach().cpu().contiguous().numpy()
     return memoryview(array).cast("B")
+
+
+def _digest(shadow: Shadow) -> str:
+    digest = hashlib.sha256()
+    for tensor in _tensors(shadow):
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
 
 
 def _bad(path: Path, reason: str) -> ArtifactError:
     return ArtifactError(f"{path} holds no shadows that can be used: {reason}; build them again")
 
 
-def _open(path: Path) -> tuple[dict[str, Any], list[Tensor]]:
-    """What the file says of itself, and its layers, which are mapped and not read."""
+def _open(path: Path) -> tuple[dict[str, Any], list[tuple[Tensor, Tensor | None]]]:
+    """What the file says of itself, and its layers' records and costs, mapped and not read."""
     try:
         with safe_open(path, framework="pt") as file:
             about = _check_about(json.loads((file.metadata() or {})["moyu"]))
-            return about, [file.get_tensor(f"layers.{i}") for i in range(len(about["layers"]))]
+            names = set(file.keys())
+            return about, [
+                (
+                    file.get_tensor(f"layers.{i}"),
+                    file.get_tensor(f"costs.{i}") if f"costs.{i}" in names else None,
+                )
+                for i in range(len(about["layers"]))
+            ]
     except OSError as error:
         raise ArtifactError(
             f"cannot read {path} ({error.strerror or error}); expected a folder written by "

@@ -39,6 +39,7 @@ STUDIES: dict[str, Study] = {
         Study("tables", "tables", "The paper's tables", "Tables 1-5"),
         Study("qrida", "qrida", "A router made of the weights", "beyond the paper"),
         Study("qrida-bytes", "qrida_bytes", "What the bytes buy", "beyond the paper"),
+        Study("frontier", "frontier", "Where dynamic activation pays", "beyond the paper"),
         Study("qrida-guard", "qrida_guard", "The guard on shifted text", "beyond the paper"),
     )
 }

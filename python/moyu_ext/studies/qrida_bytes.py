@@ -1,8 +1,7 @@
-"""What QRIDA gets for its bytes: top-k against thresholds, and all methods at one quality.
+"""What QRIDA gets for its bytes: top-k against thresholds.
 
 Two things may vary when as many neurons are computed on average: how many each layer gets, and how
-many each token gets. The four combinations at one mean density tell them apart. Then `tune` finds,
-for each method, the fewest bytes at which perplexity rises by one per cent.
+many each token gets. The four combinations at one mean density tell them apart.
 """
 
 from __future__ import annotations
@@ -13,28 +12,17 @@ from typing import Any
 import torch
 
 from ..calibration.calibrate import calibrate
-from ..calibration.tune import tune
-from ..errors import ConfigurationError
 from ..methods.qrida import QRIDA
-from ..methods.tda import TDA
-from ..models.weights import read_share
 from .parts import once
-from .qrida_rankings import layer_inputs, shadow_share
+from .qrida_rankings import layer_inputs
 from .qrida_text import Text, percent
 from .report import Report
 from .setting import Setting, Subject
 
 TARGETS = (0.1, 0.2, 0.3)  # of CETT; each gives a density at which the four are compared
-LIMIT = 0.01
 _BITS = 2
 THRESHOLDS, TOP_K = "thresholds at one CETT", "top-k, one density"
 LAYERS_ONLY, TOKENS_ONLY = "top-k, the layers' densities as there", "thresholds at one density"
-METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "QRIDA, bits chosen": ("given", {}),
-    "QRIDA, 2 bits": ("given", {"bits": [(2, 2)]}),
-    "TDA, exact norm": ("product", {"method": "tda"}),
-    "TDA, gate (CATS)": ("gate", {"method": TDA(0.0, score="gate")}),
-}
 _VERSION = 2
 
 
@@ -43,18 +31,17 @@ def run(setting: Setting, report: Report) -> None:
     for subject in setting.subjects():
         report.models[subject.name] = subject.describe()
         found = report.numbers[subject.name] = {}
-        for name, measure in (("choice", _choice), ("budget", _budget)):
-            key = setting.describe() | {
-                "study": report.name,
-                "part": name,
-                "model": subject.fingerprint,
-                "version": _VERSION,
-            }
-            found[name] = once(
-                report.directory,
-                key,
-                lambda subject=subject, measure=measure: measure(setting, subject),  # type: ignore[misc]
-            )
+        key = setting.describe() | {
+            "study": report.name,
+            "part": "choice",
+            "model": subject.fingerprint,
+            "version": _VERSION,
+        }
+        found["choice"] = once(
+            report.directory,
+            key,
+            lambda subject=subject: _choice(setting, subject),  # type: ignore[misc]
+        )
         _tables(report, subject, found)
     _claims(report)
 
@@ -99,45 +86,6 @@ def _choice(setting: Setting, subject: Subject) -> dict[str, Any]:
     return found
 
 
-def _budget(setting: Setting, subject: Subject) -> dict[str, Any]:
-    documents = setting.corpus.documents()
-    found: dict[str, Any] = {}
-    for label, (plan, arguments) in METHODS.items():
-        setting.log(f"{subject.name}: {label}, perplexity +{LIMIT:.0%}")
-        try:
-            tuned = tune(
-                subject.model,
-                subject.tokenizer,
-                documents,
-                max_perplexity_increase=LIMIT if not setting.quick else 0.2,
-                context=setting.size(64, 16),
-                continuation=setting.size(192, 32),
-                max_tokens=setting.size(12288, 768),
-                seed=setting.seed,
-                **arguments,
-            )
-        except ConfigurationError as error:
-            found[label] = {"cannot": str(error)}
-            continue
-        layers = tuned.thresholds.layers
-        matrices = 3 if subject.sites[0].weights().gated else 2
-        share = sum(read_share(plan, layer.density, matrices) for layer in layers) / len(layers)
-        bits = [list(pair) for pair in tuned.thresholds.bits]
-        for layer, pair in zip(layers, bits, strict=False):
-            if layer.epsilon > 0:
-                share += shadow_share(pair[0], pair[1], matrices) / len(layers)
-        found[label] = {
-            "increase": tuned.increase,
-            "error": tuned.error,
-            "density": tuned.thresholds.density,
-            "bytes": share,
-            "layers": [layer.density for layer in layers],
-            "bits": bits,
-            "tokens": tuned.tokens,
-        }
-    return found
-
-
 def _tables(report: Report, subject: Subject, found: dict[str, Any]) -> None:
     rows: list[Sequence[Any]] = []
     for target, values in found["choice"].items():
@@ -150,28 +98,6 @@ def _tables(report: Report, subject: Subject, found: dict[str, Any]) -> None:
         "Thresholds from other text of the same kind; densities realised on the text measured. The "
         "first rule of each four varies per layer and token, the second per layer, the third per "
         "token, the fourth neither.",
-    )
-    rows = []
-    for label, values in found["budget"].items():
-        if "cannot" in values:
-            rows.append([label, "-", "-", "-", values["cannot"]])
-            continue
-        used = {"/".join(map(str, pair)) for pair in values["bits"]}
-        rows.append(
-            [
-                label,
-                values["density"],
-                values["bytes"],
-                ", ".join(sorted(used)) or "-",
-                percent(values),
-            ]
-        )
-    report.table(
-        f"At perplexity +1 %, {subject.name}",
-        ["method", "density", "bytes", "bits (gate/up)", "perplexity over dense, held out"],
-        rows,
-        "Per-layer thresholds by `moyu tune` on one half of the text, verified on the other. "
-        "bytes: of the dense MLPs' in bfloat16, for a hidden size that is a multiple of 256.",
     )
 
 
@@ -198,20 +124,6 @@ def _claims(report: Report) -> None:
             claim,
             "; ".join(f"{at} {percent(a)} against {percent(b)}" for at, (a, b) in pairs.items()),
             {at: _lower(a, b) for at, (a, b) in pairs.items()},
-        )
-    ratios = {}
-    for name, found in report.numbers.items():
-        shares = {k: v["bytes"] for k, v in found["budget"].items() if "bytes" in v}
-        others = [share for k, share in shares.items() if k.startswith("TDA")]
-        mine = [share for k, share in shares.items() if k.startswith("QRIDA")]
-        if mine and others:
-            ratios[name] = min(others) / min(mine)
-    if ratios:
-        report.judged(
-            "QRIDA",
-            "at perplexity +1 % QRIDA reads 1.3 times fewer bytes than the best of TDA and CATS",
-            "; ".join(f"{name} {ratio:.2f} times fewer" for name, ratio in ratios.items()),
-            {name: 1 if ratio >= 1.3 else -1 for name, ratio in ratios.items()},
         )
 
 

@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import ops
 from ..calibration.calibrate import calibrate
 from ..evaluation.perplexity import generation_perplexity
 from ..guard import LayerGuard
@@ -27,7 +26,6 @@ from ..models.text import encode, windows
 from ..models.weights import MlpWeights
 from ..patching.patch import patch, unpatch
 from ..patching.patch import report as usage
-from ..shadow.reference import choose
 from .parts import once
 from .report import Report
 from .setting import CETT, Setting, Subject
@@ -150,21 +148,8 @@ def _watched(rule: Any) -> list[float]:
     meter = LayerGuard(1, len(rule.router.norms), torch.device("cpu"), None, None)
 
     def watched(x: Tensor, weights: MlpWeights) -> Any:
-        s, w = rule.router.shadow, weights
-        scores = ops.shadow_scores(
-            x,
-            s.data,
-            rule.router.norms,
-            w.gate_bias,
-            w.up_bias,
-            s.gated,
-            s.bits_gate,
-            s.bits_up,
-            w.activation,
-        )
-        active = choose(scores, rule.epsilon, rule.k)
         meter.reset()
-        meter.measure(x, w, rule.router.norms, active)
+        meter.measure(x, weights, rule.router.norms, rule.chosen(x, weights))
         found.append(meter.report().cett)
         return apply(x, weights)
 
