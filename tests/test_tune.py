@@ -142,7 +142,7 @@ def test_a_router_knows_its_costs(tiny: Make, family: str) -> None:
     gains = expected_gains(gate, up, w.activation, shadow.costs[0], shadow.costs[1:])
     a = w.activations(x)[1]
     guess = a.new_tensor(0.0) + (torch.relu(up) if gate is None else F.silu(gate) * up)
-    for price, cost in zip(prices, cost_at(samples, w, shadow, prices, 10**6), strict=True):
+    for price, cost in zip(prices, cost_at(samples, w, shadow, prices), strict=True):
         exact, estimated = tiers_by_price(*gains, price, gate is not None)
         kept = torch.where(exact, a, torch.where(estimated, guess, torch.zeros(())))
         lost = (samples.g * ((kept - a) @ w.down_t)).sum(-1)

@@ -21,8 +21,6 @@ _ROWS = 256
 # Of the price at which every neuron saves the same share of the budget: far too careful to far too
 # bold for all models tried.
 _PRICES = tuple(4.0**power for power in range(-4, 5))
-# Tokens on which the shares and losses at each price are measured.
-_LOOKED_AT = 512
 
 
 @dataclass(frozen=True)
@@ -62,18 +60,13 @@ def fit_router(samples: LayerSamples, weights: MlpWeights, bits: tuple[int, int]
 
 
 def cost_at(
-    samples: LayerSamples,
-    weights: MlpWeights,
-    shadow: Shadow,
-    prices: Sequence[float],
-    tokens: int,
+    samples: LayerSamples, weights: MlpWeights, shadow: Shadow, prices: Sequence[float]
 ) -> list[Cost]:
-    """What the layer does at each of `prices`, on at most so many governed tokens."""
+    """What the layer does at each of `prices`, on the governed tokens."""
     router, wide = ShadowRouter(shadow, weights, priced=True), weights.to_float32()
     found = torch.zeros(len(prices), 3, dtype=torch.float64, device=samples.x.device)
-    every = -(-len(samples.g) // tokens)
-    x, g = samples.x[samples.governed][::every], samples.g[::every]
-    for some, slope in zip(x.split(_ROWS), g.split(_ROWS), strict=True):
+    x = samples.x[samples.governed]
+    for some, slope in zip(x.split(_ROWS), samples.g.split(_ROWS), strict=True):
         p = slope.float() @ wide.down_t.t()
         a = wide.activations(some.float())[1]
         for place, tiers in enumerate(router.by_prices(some, prices)):
@@ -92,16 +85,20 @@ def _sums(exact: Tensor, estimated: Tensor, lost: Tensor) -> Tensor:
 
 
 def fit_routers(
-    sites: Sequence[MlpSite], samples: list[LayerSamples], budget: float, bits: int
+    sites: Sequence[MlpSite],
+    samples: Sequence[LayerSamples],
+    seen: Sequence[LayerSamples],
+    budget: float,
+    bits: int,
 ) -> tuple[list[Shadow], list[list[Cost]], list[float]]:
-    """Each layer's router, and its cost at each of the prices."""
+    """Each layer's router, fitted to `samples`, and its cost at each of the prices, on `seen`."""
     even = budget / sum(site.f for site in sites)
     prices = [even * factor for factor in _PRICES]
     shadows, costs = [], []
-    for site, layer in zip(sites, samples, strict=True):
+    for site, layer, look in zip(sites, samples, seen, strict=True):
         weights = site.weights()
         shadows.append(fit_router(layer, weights, (bits, bits)))
-        costs.append(cost_at(layer, weights, shadows[-1], prices, _LOOKED_AT))
+        costs.append(cost_at(look, weights, shadows[-1], prices))
     return shadows, costs, prices
 
 

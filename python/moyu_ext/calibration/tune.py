@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import ConfigurationError
+from .. import ops
+from ..errors import ConfigurationError, MoyuError
 from ..methods.base import Method
 from ..models.families import MlpSite, find_mlps
 from ..models.fingerprint import fingerprint
@@ -38,6 +39,8 @@ from .sensitivity import sample_layers
 from .tuned import LayerTuning, Tuned, machine
 
 _TRIES = 4
+# Tokens on which the shares and losses at each price are measured.
+_LOOKED_AT = 512
 # Of the budget that is aimed at, so that the noise of the measurement does not end above it.
 _AIM = 0.93
 # A layer is worth a router where it saves this share of its time.
@@ -77,7 +80,7 @@ def tune(
     layers: Sequence[int] | None = None,
     bits: int = 3,
     context: int = 64,
-    continuation: int = 192,
+    continuation: int = 128,
     max_tokens: int = 4608,
     seed: int = 0,
     progress: Progress = lambda text, done, total: None,
@@ -113,14 +116,17 @@ def tune(
     begin("the model writes text" if texts is None else "text")
     with torch.no_grad():
         rows = _rows(model, tokenizer, texts, context, continuation, max_tokens, seed)
-    held_out = len(rows) // 3 or 1
+    held_out = len(rows) // 3
     begin("what errors cost")
-    samples = sample_layers(model, sites, rows[held_out:], context, seed)
+    # Some of the rows held out say what prices do: routers lose less on what they were fitted to.
+    looked_at = min(held_out, -(-_LOOKED_AT // continuation))
+    seen = sample_layers(model, sites, rows[:looked_at], context, seed)
+    samples = sample_layers(model, sites, rows[held_out:], context, seed + 1)
     with torch.no_grad():
         begin(f"routers of {len(sites)} layers")
-        shadows, costs, prices = fit_routers(sites, samples, limit, bits)
+        shadows, costs, prices = fit_routers(sites, samples, seen, limit, bits)
         inputs = [layer.x[-1:].contiguous() for layer in samples]
-        del samples
+        del samples, seen
         store = Shadows(tuple(shadows), fingerprint(model), fitted=True)
         begin("how long layers take")
         pace = measure_pace(model, store, inputs)
@@ -145,7 +151,9 @@ def _rows(
             f"together at most the {longest_window(model)} tokens that this model takes at once"
         )
     if texts is None:
-        pieces = write_own(model, tokenizer, max_tokens, length, seed, whole=True)
+        with _fast(model):
+            how: dict[str, Any] = {"whole": True, "at_once": ops.MAX_ROWS}
+            pieces = write_own(model, tokenizer, max_tokens, length, seed, **how)
     else:
         pieces = encode_texts(tokenizer, read_texts(texts, max_tokens), max_tokens, length)
     pieces = [p for p in windows(pieces, max_tokens, length) if len(p) == length]
@@ -159,6 +167,20 @@ def _rows(
     check_ids(model, rows.flatten().tolist())
     # Every third row is held out: the parts are then of the same kind.
     return torch.cat([rows[::3][: len(rows) // 3], rows[1::3], rows[2::3]]).to(device(model))
+
+
+@contextmanager
+def _fast(model: nn.Module) -> Iterator[None]:
+    """Within the block the model computes the same by our kernels, where they take it."""
+    try:
+        patch(model, projections=True)
+    except MoyuError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        unpatch(model)
 
 
 class _HeldOut:

@@ -40,7 +40,7 @@ def tune(
     ] = None,
     router_bits: Annotated[int, typer.Option(min=1, max=4, help="Bits of the routers.")] = 3,
     context: Annotated[int, typer.Option(min=1, help="Prompt tokens of each row, dense.")] = 64,
-    continuation: Annotated[int, typer.Option(min=1, help="Tokens scored behind them.")] = 192,
+    continuation: Annotated[int, typer.Option(min=1, help="Tokens scored behind them.")] = 128,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of text in all.")] = 4608,
     seed: Annotated[int, typer.Option(help="For the text that the model writes.")] = 0,
     bits: common.Bits = None,

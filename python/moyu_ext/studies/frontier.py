@@ -80,7 +80,7 @@ class _Measure:
         self.context = setting.size(64, 16)
         self.length = self.context + setting.size(192, 32)
         self.rows = setting.rows(subject, self.length, setting.size(22, 3))
-        self.fit = setting.rows(subject, self.length, setting.size(16, 3), train=True)
+        self.fit = setting.rows(subject, self.length, setting.size(19, 3), train=True)
         self.dense: list[Tensor] = []
 
     def points(self) -> list[Point]:
@@ -154,10 +154,14 @@ class _Measure:
     def _tiers(self, model: nn.Module, name: str, bits: float = _PLAIN_BITS) -> list[Point]:
         """Tiers by price at each share, and at one of them by rank, equal in all layers."""
         sites = find_mlps(model)
-        samples = sample_layers(model, sites, self.fit, self.context, self.setting.seed)
+        look = self.setting.size(3, 1)
+        parts = (self.fit[look:], self.fit[:look])
+        both = [
+            sample_layers(model, sites, part, self.context, self.setting.seed) for part in parts
+        ]
         with torch.no_grad():
-            layers, costs, prices = fit_routers(sites, samples, 0.05, 3)
-        del samples
+            layers, costs, prices = fit_routers(sites, both[0], both[1], 0.05, 3)
+        del both
         shadows = Shadows(tuple(layers), fingerprint(model), fitted=True)
         points = []
         for share in SHARES[:: self.setting.size(1, 3)]:
