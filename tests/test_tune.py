@@ -115,6 +115,32 @@ def test_the_predicted_loss_of_an_error_is_its_kl(tiny: Make, family: str, packe
     assert kl == pytest.approx(predicted, rel=0.3)
 
 
+@pytest.mark.parametrize("family", ["llama", "llama-bias"])
+def test_products_without_instructions_are_taken_in_float32(
+    tiny: Make, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moyu_ext.models import forward
+
+    monkeypatch.setattr(forward, "native", lambda x: x.dtype == torch.float32)
+    model = tiny(family, dtype=torch.bfloat16)
+    twin = tiny(family, dtype=torch.bfloat16).float()
+    ids = rows_of(twin, 16)
+    found = []
+    for one in (model, twin):
+        sites = find_mlps(one)
+        with forward.wide_products(one):
+            kinds = {"forward" in m.__dict__ for m in one.modules() if type(m) is torch.nn.Linear}
+        assert kinds == {one is model}
+        assert not any("forward" in m.__dict__ for m in one.modules())
+        found.append(sample_layers(one, sites, ids, 16, seed=0))
+    for mine, right in zip(*found, strict=True):
+        assert mine.x.dtype == torch.bfloat16
+        # The same text, rounded on the way: close where the labels drawn are the same.
+        close = torch.nn.functional.cosine_similarity(mine.g.float(), right.g, dim=-1)
+        assert close.median() > 0.95
+        assert (mine.x.float() - right.x).norm() < 0.05 * right.x.norm()
+
+
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_a_router_knows_its_costs(tiny: Make, family: str) -> None:
     model = tiny(family)

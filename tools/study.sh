@@ -63,11 +63,6 @@ abroad() { # abroad MODEL: its router of the stories on news, offline and online
     --router "$work/router_$name" --text "$data/train_mix/heldout/cnndm.txt" --texts 24 --written 0
 }
 
-tuned() { # tuned MODEL: for one per cent; the picture and the numbers stay
-  moyu tune "$data/models/$1" --dtype float32 --texts "$data/train_mix/heldout/stories.txt" \
-    --max-tokens 12288 --out "$work/tune_$1" --json "$out/qrida/tune_$1.json"
-  cp "$work/tune_$1/frontier.png" "$out/qrida/tune_$1.png"
-}
 
 twins=(stories_silu stories_relu)
 pareto=(--methods all --texts 16 --written 32)
@@ -94,7 +89,6 @@ done
 if [[ -n $data ]]; then
   models=$data/models
   study qrida-guard qrida mix4m_silu
-  job tune-mix4m_silu tuned mix4m_silu
   evaluate tasks_mix4m_silu "$models/mix4m_silu" --methods dense,tda,srida,qrida -d 0.33 --cett 0.2 \
     --tasks mmlu,truthfulqa_mc1,truthfulqa_mc2,winogrande,gsm8k,hellaswag,arc_easy,arc_challenge,piqa,boolq,last_word \
     --summaries xsum,cnn_dailymail --limit 20 --texts 16 --written 0

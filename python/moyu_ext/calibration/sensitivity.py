@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.families import MlpSite
+from ..models.forward import wide_products
 from ..models.text import device
 
 # Tokens whose graph is held at once: 2 MB each for a model of 135M parameters, 5 MB at 1.1B.
@@ -53,7 +54,7 @@ def sample_layers(
     parts = rows.split(max(1, _TOKENS // rows.shape[1]))
     for done, part in enumerate(parts):
         progress(done, len(parts))
-        with _outputs(model, sites) as seen, torch.enable_grad():
+        with wide_products(model), _outputs(model, sites) as seen, torch.enable_grad():
             logits = model(input_ids=part.to(device(model)), use_cache=False).logits
             logits = logits[:, context - 1 : -1].flatten(0, 1).float()
             with torch.no_grad():

@@ -20,7 +20,7 @@ from ..errors import ConfigurationError, MoyuError
 from ..methods.base import Method
 from ..models.families import MlpSite, find_mlps
 from ..models.fingerprint import fingerprint
-from ..models.forward import require_plain
+from ..models.forward import require_plain, wide_products
 from ..models.text import (
     check_ids,
     device,
@@ -107,6 +107,11 @@ def tune(
     sites = find_mlps(model)
     require_plain(model, sites)
     chosen = set(layer_indices(layers, len(sites)))
+    if not all(site.weights().device.type == "cpu" for site in sites):
+        raise ConfigurationError(
+            f"budgets work on the CPU alone so far, the model is on {sites[0].weights().device}; "
+            "patch it there with QRIDA(exact=..., estimated=...), or move it: model.cpu()"
+        )
     steps = itertools.count()
     total = 4 + _TRIES
 
@@ -192,7 +197,8 @@ class _HeldOut:
 
     def _log_probabilities(self, rows: Tensor) -> Tensor:
         # The first scored token follows from the prompt, which is dense under any rule.
-        return continuation_logits(self.model, rows, self.context)[:, 1:].log_softmax(-1)
+        with wide_products(self.model):
+            return continuation_logits(self.model, rows, self.context)[:, 1:].log_softmax(-1)
 
     def divergence(self, method: Method) -> tuple[float, float, float, int]:
         """Mean KL in nats, its standard error over rows of text (over tokens where there is one

@@ -8,9 +8,11 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import PatchStateError, UnsupportedModelError
+from ..packing.rows import native
 from .families import MlpSite
 from .text import Batch
 
@@ -80,6 +82,44 @@ def _answered(sites: list[MlpSite], real: Tensor, visit: Visit) -> Iterator[None
             del module.__dict__["forward"]
             if forward is not None:
                 module.__dict__["forward"] = forward
+
+
+class _WideProduct(torch.autograd.Function):
+    """x W^T + b in float32, rounded to x's dtype; with a gradient for x alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        out = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+        return out.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return (grad.float() @ ctx.weight.float()).to(grad.dtype), None, None
+
+
+@contextmanager
+def wide_products(model: nn.Module) -> Iterator[None]:
+    """Within the block, linear layers of dtypes that this processor has no products for multiply in
+    float32: torch's own take 3 times as long there, and 13 times backward (AVX2, bfloat16)."""
+    slow = [
+        module
+        for module in model.modules()
+        if type(module) is nn.Linear
+        and not native(module.weight)
+        and "forward" not in module.__dict__
+    ]
+
+    def product(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
+        return lambda x: _WideProduct.apply(x, layer.weight, layer.bias)
+
+    try:
+        for module in slow:
+            module.__dict__["forward"] = product(module)
+        yield
+    finally:
+        for module in slow:
+            module.__dict__.pop("forward", None)
 
 
 def require_plain(model: nn.Module, sites: Sequence[MlpSite]) -> None:

@@ -15,7 +15,6 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -29,6 +28,7 @@ from ..calibration.continuation import continuation_logits
 from ..calibration.router_fit import between, fit_routers
 from ..calibration.sensitivity import sample_layers
 from ..evaluation.agreement import patched
+from ..evaluation.inputs import input_thresholds, masked_inputs
 from ..methods.base import Method
 from ..methods.qrida import QRIDA
 from ..methods.tda import TDA
@@ -207,15 +207,15 @@ class _Measure:
                     used = usage(subject.model).density
                 point["bits"] = _PLAIN_BITS * (known + (3 - known) * used) / 3
                 points.append(point)
-            with self._teal([(layer["x"][density], layer["a"][density]) for layer in quantiles]):
-                point = self._point(
-                    subject.model, "TEAL", f"TEAL at {at}", None, _PLAIN_BITS * density
-                )
+            cuts = input_thresholds(subject.model, self.fit[:4], 1 - density)
+            with masked_inputs(subject.model, cuts, self.context, self.length) as kept:
+                point = self._point(subject.model, "TEAL", f"TEAL at {at}", None, _PLAIN_BITS)
+            point["bits"] = _PLAIN_BITS * kept.density
             points.append(point)
         return points
 
     def _quantiles(self) -> list[dict[str, dict[float, float]]]:
-        """Per layer, what keeps each of DENSITIES of gate scores, norms, |x| and |a|."""
+        """Per layer, what keeps each of DENSITIES of gate scores and of norms."""
         inputs: list[Tensor] = []
 
         def keep(index: int, x: Tensor) -> None:
@@ -228,12 +228,7 @@ class _Measure:
             for site, x in zip(self.subject.sites, inputs, strict=True):
                 w = site.weights()
                 gate, a = w.activations(x)
-                scores = {
-                    "gate": gate.abs(),
-                    "product": a.abs() * w.column_norms(),
-                    "x": x.abs(),
-                    "a": a.abs(),
-                }
+                scores = {"gate": gate.abs(), "product": a.abs() * w.column_norms()}
                 found.append(
                     {
                         name: {d: _quantile(values, 1 - d) for d in DENSITIES}
@@ -241,30 +236,6 @@ class _Measure:
                     }
                 )
         return found
-
-    @contextmanager
-    def _teal(self, cuts: Sequence[tuple[float, float]]) -> Iterator[None]:
-        """TEAL's rule (arXiv 2408.14690) in the MLPs: inputs of each matrix below a cut are 0."""
-
-        def cut(by: float) -> Callable[..., tuple[Tensor]]:
-            def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-                x = args[0]
-                small = x.abs() < by
-                small[:, : self.context] = False  # the prompt runs dense
-                return (x.masked_fill(small, 0.0),)
-
-            return hook
-
-        handles = []
-        for site, (x, a) in zip(self.subject.sites, cuts, strict=True):
-            handles.append(site.entry.register_forward_pre_hook(cut(x)))
-            down = site.linear(site.family.down)
-            handles.append(down.register_forward_pre_hook(cut(a)))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _gguf(self) -> Path | None:
         """A GGUF file beside the model's directory, where llama-quantize can be run."""
