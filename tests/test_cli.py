@@ -119,7 +119,8 @@ def test_readme_shows_commands_and_options_that_exist() -> None:
             assert re.search(rf"(^|\s){option}\b", described), (line, option)
 
 
-def test_readme_example_runs() -> None:
+def test_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOYU_CACHE", str(tmp_path))
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     example = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
     assert len(example.splitlines()) <= 13

@@ -192,7 +192,7 @@ def test_a_budget_is_kept(tiny: Make, tmp_path: Path, packed: bool) -> None:
     )  # fmt: skip
     assert [done for done, _ in steps] == list(range(len(steps))) and len(steps) >= 5
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    assert tuned.sparse and 0 < tuned.kl <= 0.05 and tuned.seconds < tuned.dense_seconds
+    assert tuned.sparse and 0 < tuned.kl <= 0.045 and tuned.seconds < tuned.dense_seconds
     # Measured again, by other code, on the rows held out.
     rows = torch.tensor([Letters().encode(t)[:48] for t in texts])[::3]
     with torch.no_grad():
@@ -223,6 +223,15 @@ def test_a_budget_is_kept(tiny: Make, tmp_path: Path, packed: bool) -> None:
     assert torch.equal(again, sparse)
     with pytest.raises(ArtifactError):
         moyu_ext.patch(tiny("llama", seed=1), loaded.method())
+
+
+@pytest.mark.usefixtures("fast_rows")
+def test_a_budget_in_half_precision(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moyu_ext.models import forward
+
+    monkeypatch.setattr(forward, "native", lambda x: x.dtype == torch.float32)
+    tuned = tune(tiny("llama", dtype=torch.bfloat16), budget=0.1, **SMALL)
+    assert tuned.sparse and 0 < tuned.kl <= 0.1
 
 
 @pytest.mark.usefixtures("fast_rows")

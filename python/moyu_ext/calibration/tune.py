@@ -41,8 +41,8 @@ from .tuned import LayerTuning, Tuned, machine
 _TRIES = 4
 # Tokens on which the shares and losses at each price are measured.
 _LOOKED_AT = 512
-# Of the budget that is aimed at, so that the noise of the measurement does not end above it.
-_AIM = 0.93
+# Of the budget that is aimed at: other text than that tuned on loses up to a quarter more.
+_AIM = 0.8
 # A layer is worth a router where it saves this share of its time.
 _WORTH = 0.03
 _PERCENT = re.compile(r"\s*([0-9.]+(?:e-?[0-9]+)?)\s*%\s*", re.IGNORECASE)
@@ -277,9 +277,9 @@ class _Search:
             begin("held-out text")
             kl, error, agreement, tokens = check.divergence(tuned.method())
             tuned = replace(tuned, kl=kl, error=error, agreement=agreement, tokens=tokens)
-            if kl <= budget and tuned.seconds < best.seconds:
+            if kl <= 0.9 * budget and tuned.seconds < best.seconds:
                 best = tuned
-            if 0.85 * budget <= kl <= budget:
+            if 0.7 * budget <= kl <= 0.9 * budget:
                 break
             aim *= min(max(_AIM * budget / max(kl, 1e-12), 0.2), 3.0)
         return best
